@@ -1,0 +1,137 @@
+//! Cluster-wide settings, the same for `keyd` and every agent (ConfigMap `warren-config`, key
+//! `cluster.yaml`; stand-alone: a file of the same content).
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// Where the directory learns which pod prefixes live on a node.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PrefixSource {
+    /// `spec.podCIDRs` of the Node. A pod address counts only inside its node's prefixes.
+    #[default]
+    #[serde(rename = "podCIDR")]
+    PodCidr,
+    /// Each pod's own address, inside `podPools` and not owned by a living pod.
+    #[serde(rename = "podIP")]
+    PodIp,
+}
+
+/// Which datapath an agent uses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DatapathChoice {
+    /// The kernel's WireGuard where it exists, else the tunnel process.
+    #[default]
+    Auto,
+    /// The kernel's WireGuard; an error where it does not exist.
+    Kernel,
+    /// The tunnel process.
+    Userspace,
+}
+
+/// Settings of the whole cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ClusterConfig {
+    /// Name of the cluster, part of every identity.
+    #[serde(default = "default_cluster_name")]
+    pub cluster_name: String,
+    /// `false` only for comparisons: traffic then leaves in clear.
+    #[serde(default = "yes")]
+    pub encryption: bool,
+    /// All addresses that pods may have, both families. Required: the barrier rests on it.
+    pub pod_pools: Vec<IpNet>,
+    /// All addresses that nodes may have, both families.
+    pub node_pools: Vec<IpNet>,
+    /// Service CIDRs; no prefix may overlap them.
+    #[serde(default)]
+    pub service_cidrs: Vec<IpNet>,
+    /// Where pod prefixes come from.
+    #[serde(default)]
+    pub prefix_source: PrefixSource,
+    /// Which datapath agents use.
+    #[serde(default)]
+    pub datapath: DatapathChoice,
+    /// The first of three UDP ports, one per slot.
+    #[serde(default = "default_port")]
+    pub wireguard_port: u16,
+    /// TCP port of `keyd` for agents.
+    #[serde(default = "default_keyd_port")]
+    pub keyd_port: u16,
+    /// TCP port of the API server on its nodes: host traffic to it is exempt from the tunnel.
+    #[serde(default = "default_apiserver_port")]
+    pub apiserver_port: u16,
+    /// Persistent keepalive, seconds; 0 turns it off.
+    #[serde(default = "default_keepalive")]
+    pub keepalive_seconds: u16,
+    /// The bits of the packet mark that are Warren's; at least 13 bits.
+    #[serde(default = "default_mark_mask")]
+    pub mark_mask: u32,
+    /// How long a snapshot is good, seconds.
+    #[serde(default = "default_expiry")]
+    pub snapshot_expiry_seconds: u64,
+}
+
+fn yes() -> bool {
+    true
+}
+fn default_cluster_name() -> String {
+    "default".into()
+}
+fn default_port() -> u16 {
+    51871
+}
+fn default_keyd_port() -> u16 {
+    4250
+}
+fn default_apiserver_port() -> u16 {
+    6443
+}
+fn default_keepalive() -> u16 {
+    25
+}
+fn default_mark_mask() -> u32 {
+    0x3f7f
+}
+fn default_expiry() -> u64 {
+    24 * 3600
+}
+
+impl ClusterConfig {
+    /// Checks what the types cannot; the sentence says what is wrong and what to do.
+    pub fn validate(&self) -> Result<(), String> {
+        if self.pod_pools.is_empty() {
+            return Err("podPools is empty: list the prefixes that pods get their addresses from".into());
+        }
+        if self.node_pools.is_empty() {
+            return Err("nodePools is empty: list the prefixes that nodes have their addresses in".into());
+        }
+        for prefix in self.pod_pools.iter().chain(&self.node_pools).chain(&self.service_cidrs) {
+            if prefix.prefix_len() == 0 {
+                return Err(format!("{prefix} is a default route: name the real prefixes"));
+            }
+            if prefix.trunc() != *prefix {
+                return Err(format!("{prefix} has bits set after its length: write {}", prefix.trunc()));
+            }
+        }
+        for pod in &self.pod_pools {
+            for other in self.node_pools.iter().chain(&self.service_cidrs) {
+                if pod.contains(other) || other.contains(pod) {
+                    return Err(format!("pod pool {pod} overlaps {other}: pods, nodes and services need disjoint prefixes"));
+                }
+            }
+        }
+        if self.mark_mask.count_ones() < 13 {
+            return Err(format!("markMask {:#x} has fewer than 13 bits", self.mark_mask));
+        }
+        if self.wireguard_port > u16::MAX - 2 {
+            return Err("wireguardPort leaves no room for the three slots".into());
+        }
+        Ok(())
+    }
+
+    /// The UDP port of a slot.
+    pub fn slot_port(&self, slot: u8) -> u16 {
+        self.wireguard_port + u16::from(slot)
+    }
+}

@@ -1,0 +1,112 @@
+//! WireGuard devices behind one trait: the kernel's (netlink), the userspace engine's (configuration socket)
+//! and a fake for tests.
+//!
+//! This crate may not know the directory, routes or eBPF. A change never rebuilds a device from scratch:
+//! peers and allowed prefixes are changed one by one.
+
+use std::{net::SocketAddr, time::SystemTime};
+
+use ipnet::IpNet;
+use warren_model::{PrivateKey, PublicKey};
+
+/// What a device has, read from the device.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceState {
+    /// The device's own key; `None` until one is set.
+    pub public_key: Option<PublicKey>,
+    /// UDP port; 0 for none.
+    pub listen_port: u16,
+    /// Peers, sorted by key.
+    pub peers: Vec<PeerState>,
+}
+
+/// A peer of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerState {
+    /// The peer's key.
+    pub public_key: PublicKey,
+    /// Where packets are sent to.
+    pub endpoint: Option<SocketAddr>,
+    /// Persistent keepalive in seconds; 0 for off.
+    pub keepalive_seconds: u16,
+    /// Prefixes the peer may use as source, and that are routed to it. Sorted.
+    pub allowed_ips: Vec<IpNet>,
+    /// When the last handshake was completed.
+    pub last_handshake: Option<SystemTime>,
+    /// Bytes received from the peer.
+    pub received_bytes: u64,
+    /// Bytes sent to the peer.
+    pub sent_bytes: u64,
+}
+
+/// One incremental change of a device. Applying a change twice is the same as once.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceChange {
+    /// Sets the device's private key and UDP port.
+    SetDevice {
+        /// The key.
+        private_key: PrivateKey,
+        /// UDP port to listen on.
+        listen_port: u16,
+    },
+    /// Adds a peer, or changes what is named here of an existing one; allowed prefixes stay.
+    SetPeer {
+        /// The peer's key.
+        public_key: PublicKey,
+        /// Where to send to; `None` leaves it as it is (roaming).
+        endpoint: Option<SocketAddr>,
+        /// Persistent keepalive in seconds; 0 turns it off.
+        keepalive_seconds: u16,
+    },
+    /// Removes a peer; one that is absent is no error.
+    RemovePeer(PublicKey),
+    /// Gives a prefix to a peer; it is taken from any other peer of the device at the same moment.
+    AddAllowedIp {
+        /// The peer's key.
+        public_key: PublicKey,
+        /// The prefix.
+        prefix: IpNet,
+    },
+    /// Takes a prefix from a peer; no error where the peer does not have it.
+    RemoveAllowedIp {
+        /// The peer's key.
+        public_key: PublicKey,
+        /// The prefix.
+        prefix: IpNet,
+    },
+    /// Empties the device: no peers, no key. The device itself stays.
+    Clear,
+}
+
+/// Why a device could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// No such device, or its tunnel process is not running. Retryable.
+    #[error("device {0} is not there")]
+    Absent(String),
+    /// The device refused the change.
+    #[error("device {device} refused: {reason}")]
+    Refused {
+        /// The device.
+        device: String,
+        /// The kernel's or engine's error.
+        reason: String,
+    },
+    /// The connection to the kernel or the engine broke. Retryable.
+    #[error("device {device}: {source}")]
+    Io {
+        /// The device.
+        device: String,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A driver for the WireGuard devices of a node, by interface name.
+#[expect(async_fn_in_trait, reason = "used with static dispatch only")]
+pub trait WgDevice {
+    /// Reads the device.
+    async fn dump(&self, device: &str) -> Result<DeviceState, DeviceError>;
+    /// Applies changes in order; stops at the first that fails.
+    async fn apply(&self, device: &str, changes: &[DeviceChange]) -> Result<(), DeviceError>;
+}
