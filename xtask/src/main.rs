@@ -1,3 +1,70 @@
-//! See Cargo.toml.
+//! `cargo xtask`: every command that a person or CI runs.
+//!
+//! Starts other programs and reads what they print; it links no crate of the workspace, so that a fresh
+//! machine compiles it in seconds. It may install packages and write to the cache and to `target`; it never
+//! touches the machine's network.
 
-fn main() {}
+mod command;
+mod deps;
+mod generate;
+mod image;
+mod lab;
+mod paths;
+mod setup;
+mod soak;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The commands of Warren's workshop.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a Debian machine ready: packages, eBPF toolchain, Kubernetes parts. Does only what is missing.
+    Setup(setup::Arguments),
+    /// Three nodes, a three-tier application, a packet capture: the tour, in a minute.
+    Demo(lab::Passed),
+    /// Every check and test; the last line counts them.
+    Test(test::Arguments),
+    /// Leave a stand-alone lab running and print how to enter its nodes and pods.
+    Lab(lab::Passed),
+    /// A real Kubernetes cluster in namespaces: `up`, `down`, `status`, `kubectl ...`.
+    Cluster(lab::Passed),
+    /// Build the container images as OCI archives into target/images.
+    Image(image::Arguments),
+    /// Write the generated files (CRDs), or check that they are up to date.
+    Generate(generate::Arguments),
+    /// Check that dependencies between the crates point one way.
+    Deps,
+    /// Ten minutes through the tunnel engine, at least four rekeys, nothing may be lost.
+    Soak(lab::Passed),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().command {
+        Command::Setup(arguments) => setup::run(&arguments),
+        Command::Demo(passed) => lab::demo(&passed),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Lab(passed) => lab::lab(&passed),
+        Command::Cluster(passed) => lab::cluster(&passed),
+        Command::Image(arguments) => image::run(&arguments),
+        Command::Generate(arguments) => generate::run(&arguments),
+        Command::Deps => deps::run(),
+        Command::Soak(passed) => soak::run(&passed),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cargo xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! `demo`, `lab` and `cluster`: programs of `warren-e2e`, with everything they need in place.
+
+use anyhow::Result;
+
+use crate::{
+    command::{cargo, command, run},
+    image, paths,
+    setup::{Group, ensure},
+};
+
+/// Everything after the command goes to the program behind it.
+#[derive(clap::Args)]
+pub(crate) struct Passed {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<String>,
+}
+
+/// See `warren-demo --help`.
+pub(crate) fn demo(passed: &Passed) -> Result<()> {
+    stand_alone("warren-demo", passed)
+}
+
+/// See `warren-lab --help`.
+pub(crate) fn lab(passed: &Passed) -> Result<()> {
+    stand_alone("warren-lab", passed)
+}
+
+fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
+    ensure(&[Group::Base, Group::Bpf])?;
+    println!("building (minutes the first time) ...");
+    run(cargo().arg("build"))?;
+    start(program, passed)
+}
+
+/// See `warren-cluster --help`. Only `up` builds anything.
+pub(crate) fn cluster(passed: &Passed) -> Result<()> {
+    if passed.arguments.first().is_some_and(|first| first == "up") {
+        ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
+        run(cargo().arg("build"))?;
+        image::build()?;
+    } else {
+        run(cargo().args(["build", "--quiet", "-p", "warren-e2e", "--bin", "warren-cluster"]))?;
+    }
+    start("warren-cluster", passed)
+}
+
+fn start(program: &str, passed: &Passed) -> Result<()> {
+    run(command(paths::target().join("debug").join(program)).args(&passed.arguments))
+}
