@@ -1,0 +1,38 @@
+//! Client of keyd's local socket.
+
+use std::path::{Path, PathBuf};
+
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint};
+
+use crate::proto::admin_client::AdminClient;
+
+/// Where `keyd` listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/warren/keyd.sock";
+
+/// The socket could not be reached.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot reach keyd at {}: {source}; is keyd running, and are you root?", path.display())]
+pub struct AdminError {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// Connects to keyd's socket.
+pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, AdminError> {
+    let error = |source| AdminError {
+        path: path.to_owned(),
+        source,
+    };
+    // Tried here because an error inside tonic's connector loses the sentence.
+    drop(tokio::net::UnixStream::connect(path).await.map_err(error)?);
+    let socket = path.to_owned();
+    let channel = Endpoint::from_static("http://keyd.sock")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let socket = socket.clone();
+            async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+        }))
+        .await
+        .map_err(|source| error(std::io::Error::other(source)))?;
+    Ok(AdminClient::new(channel))
+}
