@@ -9,6 +9,7 @@ pub mod admin;
 pub mod convert;
 pub mod proof;
 pub mod snapshot;
+pub mod status;
 pub mod tls;
 pub mod token;
 
