@@ -1,13 +1,24 @@
-//! WireGuard devices behind one trait: the kernel's (netlink), the userspace engine's (configuration socket)
-//! and a fake for tests.
+//! WireGuard devices behind one trait: the kernel's ([`Kernel`], netlink), the userspace engine's
+//! ([`Userspace`], configuration socket) and a [`Fake`] for tests; and the userspace engine itself
+//! ([`engine`]).
 //!
 //! This crate may not know the directory, routes or eBPF. A change never rebuilds a device from scratch:
 //! peers and allowed prefixes are changed one by one.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::{future::Future, net::SocketAddr, time::SystemTime};
 
 use ipnet::IpNet;
 use warren_model::{PrivateKey, PublicKey};
+
+pub mod engine;
+mod fake;
+mod kernel;
+mod uapi;
+mod userspace;
+
+pub use fake::{Failure, Fake};
+pub use kernel::{Kernel, kernel_available};
+pub use userspace::{EngineStats, Userspace};
 
 /// What a device has, read from the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -61,6 +72,7 @@ pub enum DeviceChange {
     /// Removes a peer; one that is absent is no error.
     RemovePeer(PublicKey),
     /// Gives a prefix to a peer; it is taken from any other peer of the device at the same moment.
+    /// A peer that is absent is not created by this: nothing happens, and the next dump shows it.
     AddAllowedIp {
         /// The peer's key.
         public_key: PublicKey,
@@ -103,10 +115,16 @@ pub enum DeviceError {
 }
 
 /// A driver for the WireGuard devices of a node, by interface name.
-#[expect(async_fn_in_trait, reason = "used with static dispatch only")]
-pub trait WgDevice {
+///
+/// Implementations write `async fn`; the futures are `Send` so that a spawned task can drive a device.
+pub trait WgDevice: Send + Sync {
     /// Reads the device.
-    async fn dump(&self, device: &str) -> Result<DeviceState, DeviceError>;
-    /// Applies changes in order; stops at the first that fails.
-    async fn apply(&self, device: &str, changes: &[DeviceChange]) -> Result<(), DeviceError>;
+    fn dump(&self, device: &str) -> impl Future<Output = Result<DeviceState, DeviceError>> + Send;
+    /// Applies changes in order; stops at the first that fails. What came before it may have been applied:
+    /// the caller dumps and applies the difference again.
+    fn apply(
+        &self,
+        device: &str,
+        changes: &[DeviceChange],
+    ) -> impl Future<Output = Result<(), DeviceError>> + Send;
 }

@@ -1,0 +1,63 @@
+//! The userspace WireGuard engine: one process that serves several TUN devices.
+//!
+//! The engine may not know the directory, routes, eBPF or the agent. It holds no state on disk: whoever
+//! configures it (the agent, `wg`) does so again after a restart. It attaches to *persistent* TUN devices
+//! that somebody else created with [`TUN_FLAGS`], and creates a device that is absent. When the process dies
+//! the devices stay, and packets die in them: nothing leaves in clear.
+
+use std::path::PathBuf;
+
+/// The flags of a TUN device, for its creator and for the engine: `IFF_TUN | IFF_NO_PI`.
+///
+/// Packets begin with their IP header; there is **no virtio header** (`IFF_VNET_HDR`), one queue
+/// (no `IFF_MULTI_QUEUE`), no offloads (`TUNSETOFFLOAD` 0). The creator opens `/dev/net/tun`, calls
+/// `TUNSETIFF` with these flags, then `TUNSETPERSIST` 1, and closes its descriptor: while it is open the engine
+/// gets `EBUSY`. Source: Documentation/networking/tuntap.rst.
+pub const TUN_FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI;
+
+/// The devices that an engine attaches to on its own when they exist.
+pub const DEFAULT_DEVICES: [&str; 3] = ["warren0", "warren1", "warren2"];
+
+/// The name of the engine's own control socket in its run directory.
+///
+/// One request per line, one JSON object per line back, `{"error": "..."}` when refused:
+/// `ping` | `list` | `attach NAME` | `detach NAME` | `stats NAME` | `rekey NAME`.
+pub const ENGINE_SOCKET: &str = "warren-engine.sock";
+
+/// How the engine is run.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Where the sockets are: `<device>.sock` (configuration protocol, for `wg`) and [`ENGINE_SOCKET`].
+    /// `/run/wireguard` for `wg` to find them.
+    pub run_dir: PathBuf,
+    /// Devices to attach to as soon as they exist; others by the control request `attach NAME`.
+    pub devices: Vec<String>,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            run_dir: "/run/wireguard".into(),
+            devices: DEFAULT_DEVICES.map(String::from).to_vec(),
+        }
+    }
+}
+
+/// Why an engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The run directory or a socket in it could not be made.
+    #[error("{path}: {source}")]
+    Path {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Another engine holds the run directory.
+    #[error("another tunnel engine serves {0}; stop it first")]
+    AlreadyRunning(PathBuf),
+    /// A thread could not be started, or signals not be blocked.
+    #[error("the engine cannot start: {0}")]
+    Start(std::io::Error),
+}

@@ -1,0 +1,221 @@
+//! Driver for devices of a userspace engine: the configuration protocol over `<run-dir>/<device>.sock`.
+//!
+//! Works with the engine of this crate and, but for the requests to the engine itself, with any other that
+//! speaks the protocol (taking a prefix away needs `allowed_ip=-PREFIX`).
+
+use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
+
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    net::UnixStream,
+};
+use zeroize::Zeroizing;
+
+use crate::{DeviceChange, DeviceError, DeviceState, WgDevice, engine::ENGINE_SOCKET, uapi};
+
+/// Bytes of one request. A peer takes about 200, so some 300 peers.
+const REQUEST_LIMIT: usize = 64 * 1024;
+
+/// How long an answer may take. The engine answers in milliseconds; one that hangs is as good as absent.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// Drives devices of a userspace engine through its sockets.
+#[derive(Debug, Clone)]
+pub struct Userspace {
+    run_dir: PathBuf,
+}
+
+/// What an engine counts per device, by `stats NAME` on its control socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct EngineStats {
+    /// Handshakes completed with all peers, in either role.
+    pub handshakes: u64,
+    /// Packets sealed and handed to the network.
+    pub sent_packets: u64,
+    /// Packets opened, checked and written to the device.
+    pub received_packets: u64,
+    /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::Drop`].
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// What the engine's control socket answers.
+#[derive(Deserialize)]
+struct Answer {
+    error: Option<String>,
+    #[serde(default)]
+    devices: Vec<String>,
+    #[serde(flatten)]
+    rest: serde_json::Value,
+}
+
+impl Userspace {
+    /// Talks to the sockets in `run_dir` (`/run/wireguard` by default).
+    pub fn new(run_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            run_dir: run_dir.into(),
+        }
+    }
+
+    /// Whether an engine answers.
+    pub async fn ping(&self) -> Result<(), DeviceError> {
+        self.control("ping", "").await.map(drop)
+    }
+
+    /// The devices that the engine serves, sorted.
+    pub async fn devices(&self) -> Result<Vec<String>, DeviceError> {
+        Ok(self.control("list", "").await?.devices)
+    }
+
+    /// Has the engine serve a device, which it creates when absent. No error where it serves it already.
+    pub async fn attach(&self, device: &str) -> Result<(), DeviceError> {
+        self.control("attach", device).await.map(drop)
+    }
+
+    /// Has the engine let go of a device: peers and keys are forgotten, the TUN device stays.
+    /// No error where it does not serve it.
+    pub async fn detach(&self, device: &str) -> Result<(), DeviceError> {
+        self.control("detach", device).await.map(drop)
+    }
+
+    /// Starts a new handshake with every peer that has an endpoint, as the timers do every two minutes.
+    pub async fn rekey(&self, device: &str) -> Result<(), DeviceError> {
+        self.control("rekey", device).await.map(drop)
+    }
+
+    /// What the engine counted for a device since it attached to it.
+    pub async fn stats(&self, device: &str) -> Result<EngineStats, DeviceError> {
+        let answer = self.control("stats", device).await?;
+        serde_json::from_value(answer.rest)
+            .map_err(|error| io_error(device, io::ErrorKind::InvalidData, error))
+    }
+
+    async fn control(&self, verb: &str, device: &str) -> Result<Answer, DeviceError> {
+        let request = Zeroizing::new(format!("{verb} {device}\n"));
+        let subject = if device.is_empty() { ENGINE_SOCKET } else { device };
+        let mut stream = self.connect(ENGINE_SOCKET, subject).await?;
+        let line = timely(subject, async {
+            stream.write_all(request.as_bytes()).await?;
+            let mut line = String::new();
+            BufReader::new(&mut stream).read_line(&mut line).await?;
+            Ok(line)
+        })
+        .await?;
+        let answer: Answer = serde_json::from_str(&line)
+            .map_err(|error| io_error(subject, io::ErrorKind::InvalidData, error))?;
+        match answer.error {
+            Some(reason) => Err(DeviceError::Refused {
+                device: subject.into(),
+                reason,
+            }),
+            None => Ok(answer),
+        }
+    }
+
+    async fn connect(&self, socket: &str, device: &str) -> Result<UnixStream, DeviceError> {
+        UnixStream::connect(self.run_dir.join(socket))
+            .await
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    DeviceError::Absent(device.into())
+                }
+                _ => DeviceError::Io {
+                    device: device.into(),
+                    source,
+                },
+            })
+    }
+
+    /// Sends one request and reads the answer up to its `errno` line.
+    async fn request(&self, device: &str, request: &str) -> Result<Zeroizing<String>, DeviceError> {
+        let stream = self.connect(&format!("{device}.sock"), device).await?;
+        timely(device, exchange(stream, request)).await
+    }
+}
+
+async fn timely<T>(device: &str, work: impl Future<Output = io::Result<T>>) -> Result<T, DeviceError> {
+    let result = tokio::time::timeout(ANSWER_TIME, work).await;
+    let result = result.unwrap_or_else(|_| {
+        Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the engine does not answer",
+        ))
+    });
+    result.map_err(|source| match source.kind() {
+        // The engine let go of the device, or ended, while it was asked.
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            DeviceError::Absent(device.into())
+        }
+        _ => DeviceError::Io {
+            device: device.into(),
+            source,
+        },
+    })
+}
+
+/// The lines of the answer without its `errno=0`; the `errno` otherwise.
+async fn exchange(mut stream: UnixStream, request: &str) -> io::Result<Zeroizing<String>> {
+    stream.write_all(request.as_bytes()).await?;
+    let mut reader = BufReader::new(stream);
+    let mut text = Zeroizing::new(String::with_capacity(REQUEST_LIMIT));
+    loop {
+        let start = text.len();
+        if reader.read_line(&mut text).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Some(number) = text[start..].trim_end().strip_prefix("errno=") {
+            let number: i32 = number.parse().map_err(|_| io::ErrorKind::InvalidData)?;
+            text.truncate(start);
+            return match number {
+                0 => Ok(text),
+                // Engines differ in the sign.
+                _ => Err(io::Error::from_raw_os_error(number.saturating_abs())),
+            };
+        }
+    }
+}
+
+fn io_error(
+    device: &str,
+    kind: io::ErrorKind,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> DeviceError {
+    DeviceError::Io {
+        device: device.into(),
+        source: io::Error::new(kind, error),
+    }
+}
+
+impl WgDevice for Userspace {
+    async fn dump(&self, device: &str) -> Result<DeviceState, DeviceError> {
+        let text = self.request(device, "get=1\n\n").await?;
+        uapi::parse_view(&text).map_err(|error| io_error(device, io::ErrorKind::InvalidData, error))
+    }
+
+    async fn apply(&self, device: &str, changes: &[DeviceChange]) -> Result<(), DeviceError> {
+        for request in uapi::format_changes(changes, REQUEST_LIMIT) {
+            self.request(device, &request)
+                .await
+                .map_err(|error| refused(device, error))?;
+        }
+        Ok(())
+    }
+}
+
+/// Turns an `errno` of an answer to `set=1` into what it means.
+fn refused(device: &str, error: DeviceError) -> DeviceError {
+    match error {
+        DeviceError::Io { source, .. } if source.raw_os_error().is_some() => {
+            let reason = match source.raw_os_error() {
+                Some(libc::EADDRINUSE) => "the UDP port is in use by another program; choose another".into(),
+                Some(libc::EINVAL) => "the engine did not understand the request".into(),
+                _ => source.to_string(),
+            };
+            DeviceError::Refused {
+                device: device.into(),
+                reason,
+            }
+        }
+        error => error,
+    }
+}
