@@ -1,10 +1,26 @@
 //! Types shared between the eBPF programs and user space.
 //!
 //! This crate may not use `std`, allocate, or hold logic beyond encoding: every byte of every type is written
-//! explicitly, and its layout is asserted at compile time.
+//! explicitly, and its layout is asserted at compile time. Change [`VERSION`] with any change of a map: maps of
+//! another version are never adopted.
 #![cfg_attr(not(test), no_std)]
 
+mod map;
+mod mark;
+mod reason;
+
+pub use map::{
+    DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, PathValue, SettingsValue,
+    TraceValue, limits, names,
+};
+pub use mark::{MarkCodec, Provenance, TUNNEL_MARK};
+pub use reason::{DropReason, Hook};
+
+/// Version of the maps. Part of the path that they are pinned under.
+pub const VERSION: u32 = 1;
 /// Largest endpoint index that the mark can hold.
 pub const MAX_ENDPOINT_INDEX: u16 = 0xfff;
 /// Most addresses of one family that an endpoint can have.
 pub const MAX_ENDPOINT_ADDRESSES: usize = 4;
+/// Most tunnel slots that a bitmask of slots can name.
+pub const MAX_SLOTS: u8 = 8;

@@ -1,2 +1,74 @@
-//! See Cargo.toml.
+//! What the eBPF programs decide: parsing and verdicts as functions of a packet and of maps.
+//!
+//! This crate may not touch a kernel helper, allocate, panic or loop without a bound: the same code runs in the
+//! kernel (`main.rs` binds it to helpers and maps) and in the tests of the host. A packet is only ever read
+//! through [`Packet::load`], and a failed read is an error, never an assumption.
+//!
+//! All functions are inlined into their program: the verifier then follows each one with what it knows there.
 #![cfg_attr(target_arch = "bpf", no_std)]
+
+mod arp;
+mod barrier;
+mod endpoint;
+mod ip;
+mod link;
+mod maps;
+mod neighbour;
+mod policy;
+mod transport;
+mod tunnel;
+
+#[cfg(test)]
+mod testing;
+
+pub use barrier::{barrier_in, barrier_out};
+pub use endpoint::{from_pod, to_pod};
+pub use ip::{Address, Ip};
+pub use link::{Link, Network};
+pub use maps::Maps;
+pub use policy::{Direction, Question, policy};
+pub use transport::{Fragment, Transport};
+pub use tunnel::{tun_eg, tun_in};
+use warren_abi::DropReason;
+
+/// A packet from its link-layer header on.
+pub trait Packet {
+    /// `N` bytes at an offset, or `None` where the packet is shorter.
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]>;
+
+    /// Bytes from the start of the link-layer header; a super-packet is as long as its parts together.
+    fn length(&self) -> usize;
+}
+
+/// What the kernel says about a packet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Meta {
+    /// The device that it is on.
+    pub ifindex: u32,
+    /// The device that it came in by; 0 = made on this host.
+    pub ingress_ifindex: u32,
+    /// Packet mark.
+    pub mark: u32,
+    /// Ethertype that the sender claims.
+    pub protocol: u16,
+    /// It has a VLAN tag beside its bytes.
+    pub tagged: bool,
+}
+
+/// What happens to a packet that is not dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the stack, or to the device, with this mark.
+    Pass {
+        /// The whole mark.
+        mark: u32,
+    },
+    /// Out of another device.
+    Redirect {
+        /// The device.
+        ifindex: u32,
+    },
+}
+
+/// A verdict, or why the packet is dropped.
+pub type Judgement = Result<Verdict, DropReason>;

@@ -1,0 +1,231 @@
+//! The two ends of a WireGuard device.
+
+use warren_abi::{DropReason, OwnerTag};
+
+use crate::{
+    Direction, Ip, Judgement, Link, Maps, Meta, Packet, Question, Transport, Verdict, policy,
+    policy::identities,
+};
+
+/// Egress of a tunnel device: destination, its owner's node, the device that sends to it now. All traffic to
+/// other nodes is routed to one device; which one sends is read here, as only here pass host, forwarded and
+/// translated packets alike.
+#[inline(always)]
+pub fn tun_eg<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
+    let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
+    let link = Link::parse(packet, device.l2_length, meta)?;
+    let ip = Ip::parse(packet, link)?.ok_or(DropReason::BadEthertype)?;
+    if ip.destination.is_link_scoped() {
+        return Err(DropReason::NotUnicast);
+    }
+    let owner = maps.owner(&ip.destination).ok_or(DropReason::NoOwner)?;
+    let node = match OwnerTag::parse(owner.tag) {
+        Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
+        Some(OwnerTag::LocalPod | OwnerTag::LocalNode) => return Err(DropReason::LocalDestination),
+        None => return Err(DropReason::NoOwner),
+    };
+    let transport = Transport::parse(packet, &ip)?;
+    policy(&Question {
+        direction: Direction::Egress,
+        endpoint: identities::of_source(maps, settings, meta, &ip.source),
+        peer: owner.identity,
+        protocol: transport.protocol,
+        ports: transport.ports(packet, &ip)?,
+    })?;
+    match maps.path(node) {
+        Some(path) if path.ifindex == meta.ifindex => Ok(Verdict::Pass { mark: meta.mark }),
+        Some(path) if path.ifindex != 0 => Ok(Verdict::Redirect {
+            ifindex: path.ifindex,
+        }),
+        Some(_) | None => Err(DropReason::NoPath),
+    }
+}
+
+/// Ingress of a tunnel device: the source's most specific owner must be another node, and that node must be one
+/// that sends by this slot. (Within a slot the device itself binds sources to peers.)
+#[inline(always)]
+pub fn tun_in<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
+    let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
+    let link = Link::parse(packet, device.l2_length, meta)?;
+    let ip = Ip::parse(packet, link)?.ok_or(DropReason::BadEthertype)?;
+    let owner = maps.owner(&ip.source).ok_or(DropReason::BadOwner)?;
+    let node = match OwnerTag::parse(owner.tag) {
+        Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
+        Some(OwnerTag::LocalPod | OwnerTag::LocalNode) | None => return Err(DropReason::BadOwner),
+    };
+    match maps.path(node) {
+        Some(path) if path.receive_slots & device.slot_bit != 0 => Ok(Verdict::Pass {
+            mark: (meta.mark & !settings.mark_mask) | settings.tunnel_mark,
+        }),
+        Some(_) | None => Err(DropReason::WrongSlot),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{
+        Bytes, MARK_MASK, POD_V4, POD_V6, TUNNEL_MARK, TUNNEL0, TUNNEL1, World, ethernet, v4, v6,
+    };
+
+    fn out(packet: &[u8], ifindex: u32) -> Judgement {
+        tun_eg(
+            &Bytes(packet),
+            &World::new(),
+            &Meta {
+                ifindex,
+                mark: 5,
+                ..Meta::default()
+            },
+        )
+    }
+
+    fn enter(packet: &[u8], ifindex: u32) -> Judgement {
+        tun_in(
+            &Bytes(packet),
+            &World::new(),
+            &Meta {
+                ifindex,
+                mark: 0xffff_ffff,
+                ..Meta::default()
+            },
+        )
+    }
+
+    fn to4(destination: [u8; 4]) -> Vec<u8> {
+        v4(POD_V4, destination, 17, &[0; 8])
+    }
+
+    fn from4(source: [u8; 4]) -> Vec<u8> {
+        v4(source, POD_V4, 17, &[0; 8])
+    }
+
+    #[test]
+    fn the_path_decides_the_device() {
+        // Node 2 sends by slot 0, node 3 by slot 1.
+        assert_eq!(out(&to4([10, 244, 2, 9]), TUNNEL0), Ok(Verdict::Pass { mark: 5 }));
+        assert_eq!(
+            out(&to4([10, 244, 3, 9]), TUNNEL0),
+            Ok(Verdict::Redirect { ifindex: TUNNEL1 })
+        );
+        assert_eq!(out(&to4([10, 244, 3, 9]), TUNNEL1), Ok(Verdict::Pass { mark: 5 }));
+        assert_eq!(
+            out(&to4([192, 168, 0, 2]), TUNNEL0),
+            Ok(Verdict::Pass { mark: 5 }),
+            "a node"
+        );
+        let packet = v6(POD_V6, "fd00:10:244:3::9", 17, &[0; 8]);
+        assert_eq!(out(&packet, TUNNEL0), Ok(Verdict::Redirect { ifindex: TUNNEL1 }));
+    }
+
+    #[test]
+    fn no_way_to_the_destination() {
+        assert_eq!(out(&to4([10, 244, 9, 9]), TUNNEL0), Err(DropReason::NoOwner));
+        assert_eq!(
+            out(&to4([10, 244, 4, 9]), TUNNEL0),
+            Err(DropReason::NoPath),
+            "node without path"
+        );
+        assert_eq!(out(&to4(POD_V4), TUNNEL0), Err(DropReason::LocalDestination));
+        assert_eq!(
+            out(&to4([192, 168, 0, 1]), TUNNEL0),
+            Err(DropReason::LocalDestination)
+        );
+        assert_eq!(
+            out(&v6("fe80::1", "ff02::16", 58, &[0; 8]), TUNNEL0),
+            Err(DropReason::NotUnicast)
+        );
+        assert_eq!(out(&to4([10, 244, 2, 9]), 99), Err(DropReason::UnknownDevice));
+    }
+
+    #[test]
+    fn the_most_specific_owner_of_the_source_must_be_a_peer_of_the_slot() {
+        let accepted = Ok(Verdict::Pass {
+            mark: (0xffff_ffff & !MARK_MASK) | TUNNEL_MARK,
+        });
+        assert_eq!(enter(&from4([10, 244, 2, 9]), TUNNEL0), accepted);
+        assert_eq!(
+            enter(&from4([192, 168, 0, 2]), TUNNEL0),
+            accepted,
+            "a remote node"
+        );
+        assert_eq!(
+            enter(&v6("fd00:10:244:2::9", POD_V6, 17, &[0; 8]), TUNNEL0),
+            accepted
+        );
+        assert_eq!(
+            enter(&from4([10, 244, 2, 9]), TUNNEL1),
+            Err(DropReason::WrongSlot)
+        );
+        assert_eq!(
+            enter(&from4([10, 244, 2, 77]), TUNNEL0),
+            Err(DropReason::WrongSlot),
+            "moved to node 3"
+        );
+        assert_eq!(enter(&from4([10, 244, 2, 77]), TUNNEL1), accepted);
+        assert_eq!(
+            enter(&from4([10, 244, 4, 9]), TUNNEL0),
+            Err(DropReason::WrongSlot),
+            "node without path"
+        );
+    }
+
+    #[test]
+    fn sources_that_no_peer_may_use() {
+        assert_eq!(
+            enter(&from4([8, 8, 8, 8]), TUNNEL0),
+            Err(DropReason::BadOwner),
+            "the world"
+        );
+        assert_eq!(
+            enter(&from4(POD_V4), TUNNEL0),
+            Err(DropReason::BadOwner),
+            "a local pod"
+        );
+        assert_eq!(
+            enter(&from4([192, 168, 0, 1]), TUNNEL0),
+            Err(DropReason::BadOwner),
+            "this node"
+        );
+        assert_eq!(
+            enter(&v6("::", POD_V6, 17, &[0; 8]), TUNNEL0),
+            Err(DropReason::BadOwner)
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_parsed_is_dropped() {
+        let packet = from4([10, 244, 2, 9]);
+        for length in 0..packet.len() {
+            assert_eq!(
+                enter(&packet[..length], TUNNEL0),
+                Err(DropReason::Truncated),
+                "{length}"
+            );
+            assert_eq!(
+                out(&packet[..length], TUNNEL0),
+                Err(DropReason::Truncated),
+                "{length}"
+            );
+        }
+        assert_eq!(enter(&[0; 40], TUNNEL0), Err(DropReason::BadEthertype));
+        assert_eq!(
+            enter(&ethernet(0x0800, &packet), TUNNEL0),
+            Err(DropReason::BadEthertype)
+        );
+        let meta = Meta {
+            ifindex: TUNNEL0,
+            ..Meta::default()
+        };
+        assert_eq!(
+            tun_in(&Bytes(&packet), &World::default(), &meta),
+            Err(DropReason::NotConfigured)
+        );
+        assert_eq!(
+            tun_eg(&Bytes(&packet), &World::default(), &meta),
+            Err(DropReason::NotConfigured)
+        );
+    }
+}
