@@ -1,0 +1,305 @@
+//! The agent as a value: it remembers what events told, and plans from that.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::Duration,
+};
+
+use warren_model::{
+    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, PodRef, PublicKey,
+    directory::{self, Checked},
+};
+
+use crate::{
+    action::{Action, Gate},
+    desired::{Inputs, desired},
+    endpoint::{Endpoint, EndpointKey, Endpoints},
+    index::NodeIndexes,
+    plan::plan,
+    retry::Retries,
+    state::{Directory, Observed, Slot, State},
+};
+
+/// What does not change while an agent runs.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Settings of the cluster.
+    pub config: ClusterConfig,
+    /// This node.
+    pub node: NodeName,
+    /// Its tunnel devices, the one that carries all routes first.
+    pub slots: Vec<Slot>,
+}
+
+/// The agent's memory.
+#[derive(Debug)]
+pub struct Agent {
+    settings: Settings,
+    directory: Option<(Directory, Checked)>,
+    endpoints: Endpoints,
+    indexes: NodeIndexes,
+    /// Endpoints that devices were given, by slot and peer: the directory's word is passed on once, so that
+    /// roaming survives.
+    given: BTreeMap<(u8, PublicKey), SocketAddr>,
+    retries: Retries,
+    /// Gates that failed in the plan that is being executed.
+    shut: BTreeSet<Gate>,
+    desired: State,
+    problems: Vec<String>,
+    adopted: bool,
+}
+
+impl Agent {
+    /// An agent that knows nothing yet.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            settings,
+            directory: None,
+            endpoints: Endpoints::default(),
+            indexes: NodeIndexes::default(),
+            given: BTreeMap::new(),
+            retries: Retries::default(),
+            shut: BTreeSet::new(),
+            desired: State::default(),
+            problems: Vec::new(),
+            adopted: false,
+        }
+    }
+
+    /// The settings it was made with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The directory changed: this is all of it. The rules are applied here once more, `keyd`'s word is not
+    /// enough.
+    pub fn set_directory(&mut self, directory: Directory) {
+        let checked = directory::check(&self.settings.config, &directory.nodes);
+        self.directory = Some((directory, checked));
+    }
+
+    /// The directory's epoch and version; `None` until one is known.
+    pub fn directory_version(&self) -> Option<(u64, u64)> {
+        self.directory
+            .as_ref()
+            .map(|(directory, _)| (directory.epoch, directory.version))
+    }
+
+    /// Restores endpoints that were saved before a restart.
+    pub fn restore_endpoints(&mut self, endpoints: Endpoints) {
+        self.endpoints = endpoints;
+    }
+
+    /// A pod came (CNI ADD), or was found. Returns its index, `None` when all are in use.
+    pub fn add_endpoint(&mut self, endpoint: Endpoint, held: &State) -> Option<u16> {
+        self.endpoints.add(endpoint, &held.endpoints)
+    }
+
+    /// CNI DEL: returns the endpoint where there is one that was not deleted before.
+    pub fn delete_endpoint(&mut self, key: &EndpointKey) -> Option<Endpoint> {
+        self.endpoints.delete(key)
+    }
+
+    /// `keyd` named a pod's identity.
+    pub fn set_identity(&mut self, index: u16, identity: IdentityId) {
+        self.endpoints.set_identity(index, identity);
+    }
+
+    /// The pod behind an endpoint that was found by its veth became known.
+    pub fn set_pod(&mut self, index: u16, pod: PodRef) {
+        self.endpoints.set_pod(index, pod);
+    }
+
+    /// Forgets endpoints whose veth is gone; returns those that no CNI DEL had announced.
+    pub fn links_seen(&mut self, observed: &Observed) -> Vec<Endpoint> {
+        let present: BTreeSet<u32> = observed.links.iter().map(|link| link.ifindex).collect();
+        self.endpoints.retain_links(|ifindex| present.contains(&ifindex))
+    }
+
+    /// The local pods.
+    pub fn endpoints(&self) -> &Endpoints {
+        &self.endpoints
+    }
+
+    /// This node's own record, where the directory has one.
+    pub fn own_record(&self) -> Option<&NodeRecord> {
+        self.node(&self.settings.node)
+    }
+
+    /// A node's accepted record.
+    pub fn node(&self, name: &NodeName) -> Option<&NodeRecord> {
+        self.directory
+            .as_ref()
+            .and_then(|(_, checked)| checked.nodes.get(name))
+    }
+
+    /// The node that a key belongs to.
+    pub fn node_of_key(&self, key: &PublicKey) -> Option<&NodeName> {
+        let (_, checked) = self.directory.as_ref()?;
+        checked
+            .nodes
+            .values()
+            .find(|node| node.slots.iter().any(|slot| slot.public_key == *key))
+            .map(|node| &node.name)
+    }
+
+    /// The labels of an identity.
+    pub fn labels(&self, identity: IdentityId) -> Option<&Labels> {
+        self.directory
+            .as_ref()
+            .and_then(|(directory, _)| directory.identities.get(&identity))
+    }
+
+    /// The directory's record of a pod's address.
+    pub fn workload(&self, address: std::net::IpAddr) -> Option<&warren_model::WorkloadRecord> {
+        let (directory, _) = self.directory.as_ref()?;
+        directory.workloads.iter().find(|workload| workload.ip == address)
+    }
+
+    /// The steps that are due at `now` (any clock that only goes forward). Steps that failed and wait for
+    /// their next try are left out; [`Agent::may_run`] tells of each step whether what it rests on is there.
+    pub fn plan(&mut self, observed: &Observed, now: Duration) -> Vec<Action> {
+        self.refresh(observed);
+        let prune = self.directory.is_some() || !self.settings.config.encryption;
+        let steps = plan(&self.desired, &observed.state, prune);
+        let subjects: BTreeSet<String> = steps.iter().map(Action::subject).collect();
+        self.retries.retain(|subject| subjects.contains(subject));
+        self.shut.clear();
+        let mut due = Vec::with_capacity(steps.len());
+        for step in steps {
+            if self.retries.due(&step.subject(), now) {
+                due.push(step);
+            } else {
+                self.shut.extend(step.guards());
+            }
+        }
+        due
+    }
+
+    /// Computes what is wanted from what is known.
+    fn refresh(&mut self, observed: &Observed) {
+        if let Some((_, checked)) = &self.directory {
+            if !self.adopted {
+                self.indexes.adopt(
+                    checked.nodes.values().filter(|n| n.name != self.settings.node),
+                    &observed.state,
+                );
+            }
+            let names = checked.nodes.keys().filter(|name| **name != self.settings.node);
+            self.indexes.assign(names, &observed.state);
+        }
+        let (state, mut problems) = desired(&self.inputs(observed));
+        self.desired = state;
+        if let Some((_, checked)) = &self.directory {
+            problems.extend(checked.refused.iter().map(ToString::to_string));
+            if !self.adopted {
+                self.adopted = true;
+                self.adopt_given(observed);
+            }
+        }
+        self.problems = problems;
+        self.settle_given(observed);
+    }
+
+    fn inputs<'a>(&'a self, observed: &'a Observed) -> Inputs<'a> {
+        Inputs {
+            config: &self.settings.config,
+            node: &self.settings.node,
+            slots: &self.settings.slots,
+            directory: self
+                .directory
+                .as_ref()
+                .map(|(d, checked)| (checked, d.workloads.as_slice())),
+            endpoints: &self.endpoints,
+            indexes: &self.indexes,
+            given: &self.given,
+            links: &observed.links,
+            held: &observed.state,
+        }
+    }
+
+    /// After a start with the directory from disk: peers that devices have already were given that
+    /// directory's endpoints by the agent before.
+    fn adopt_given(&mut self, observed: &Observed) {
+        for (slot, device) in &mut self.desired.devices {
+            let Some(found) = observed.state.devices.get(slot) else {
+                continue;
+            };
+            for (key, peer) in &mut device.wireguard.peers {
+                if let (Some(endpoint), true) = (peer.endpoint, found.wireguard.peers.contains_key(key)) {
+                    self.given.insert((*slot, *key), endpoint);
+                    peer.endpoint_is_new = false;
+                }
+            }
+        }
+    }
+
+    /// A device that has the wanted endpoint needs not be given it; peers that left are forgotten.
+    fn settle_given(&mut self, observed: &Observed) {
+        let desired = &self.desired.devices;
+        self.given.retain(|(slot, key), _| {
+            desired
+                .get(slot)
+                .is_some_and(|d| d.wireguard.peers.contains_key(key))
+        });
+        for (slot, device) in &observed.state.devices {
+            for (key, found) in &device.wireguard.peers {
+                let wanted = desired
+                    .get(slot)
+                    .and_then(|d| d.wireguard.peers.get(key))
+                    .and_then(|p| p.endpoint);
+                if let Some(endpoint) = found.endpoint.filter(|_| found.endpoint == wanted) {
+                    self.given.insert((*slot, *key), endpoint);
+                }
+            }
+        }
+    }
+
+    /// Whether everything that a step rests on succeeded so far in this plan.
+    pub fn may_run(&self, step: &Action) -> bool {
+        !step.needs().iter().any(|gate| self.shut.contains(gate))
+    }
+
+    /// The result of a step at `now`.
+    pub fn report(&mut self, step: &Action, result: Result<(), String>, now: Duration) {
+        match result {
+            Ok(()) => {
+                self.retries.succeeded(&step.subject());
+                if let Action::SetPeer {
+                    slot,
+                    peer,
+                    endpoint: Some(endpoint),
+                    ..
+                } = step
+                {
+                    self.given.insert((*slot, *peer), *endpoint);
+                }
+            }
+            Err(reason) => {
+                self.retries.failed(&step.subject(), reason, now);
+                self.shut.extend(step.guards());
+            }
+        }
+    }
+
+    /// When a step that failed is due again.
+    pub fn next_retry(&self) -> Option<Duration> {
+        self.retries.next()
+    }
+
+    /// Steps that failed and are tried again: a sentence each.
+    pub fn failing(&self) -> Vec<String> {
+        self.retries.sentences()
+    }
+
+    /// What is wrong with the directory: a sentence each.
+    pub fn problems(&self) -> &[String] {
+        &self.problems
+    }
+
+    /// What is wanted, as of the last plan.
+    pub fn desired(&self) -> &State {
+        &self.desired
+    }
+}

@@ -1,0 +1,510 @@
+//! What this node should look like, as a function of configuration, directory, local pods and devices.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+};
+
+use ipnet::IpNet;
+use warren_model::{
+    ClusterConfig, IdentityId, NodeName, NodeRecord, PublicKey, SlotKey, WorkloadRecord, directory::Checked,
+};
+
+use crate::{
+    endpoint::Endpoints,
+    index::NodeIndexes,
+    state::{
+        Device, EndpointEntry, Firewall, Link, LinkKind, NodePath, Owner, Peer, Programs, Route, RouteKey,
+        Rule, Slot, State, Table, WireGuard, metric,
+    },
+};
+
+/// Names of tunnel devices begin with this.
+pub const TUNNEL_PREFIX: &str = "warren";
+/// Bytes that WireGuard adds on an IPv6 underlay, and 8 that are kept for the identity tag.
+const OVERHEAD_V6: u32 = 88;
+/// The same on an IPv4 underlay.
+const OVERHEAD_V4: u32 = 68;
+/// IPv6 needs at least this (RFC 8200 section 5).
+const SMALLEST_MTU: u32 = 1280;
+/// What an underlay is taken for until its device is known.
+const USUAL_MTU: u32 = 1500;
+/// Rule preference for [`Table::Pods`].
+const PODS_PREFERENCE: u32 = 90;
+/// Rule preference for [`Table::Nodes`].
+const NODES_PREFERENCE: u32 = 91;
+
+/// The name of a slot's device.
+pub fn slot_device(slot: u8) -> String {
+    format!("{TUNNEL_PREFIX}{slot}")
+}
+
+/// The link-scope address of a slot's device.
+pub fn slot_address(slot: u8) -> IpNet {
+    IpNet::from(IpAddr::from([169, 254, 41, 51 + slot]))
+}
+
+/// What the desired state is made from.
+pub(crate) struct Inputs<'a> {
+    pub(crate) config: &'a ClusterConfig,
+    pub(crate) node: &'a NodeName,
+    pub(crate) slots: &'a [Slot],
+    /// The directory after its rules were applied; `None` until one is known.
+    pub(crate) directory: Option<(&'a Checked, &'a [WorkloadRecord])>,
+    pub(crate) endpoints: &'a Endpoints,
+    pub(crate) indexes: &'a NodeIndexes,
+    /// The endpoints that devices were given, by slot and peer.
+    pub(crate) given: &'a BTreeMap<(u8, PublicKey), SocketAddr>,
+    pub(crate) links: &'a [Link],
+    /// What is there: the node addresses are kept while there is no directory.
+    pub(crate) held: &'a State,
+}
+
+/// The desired state, and what in the input is wrong: a sentence each.
+pub(crate) fn desired(inputs: &Inputs<'_>) -> (State, Vec<String>) {
+    let mut state = State::default();
+    let mut problems = Vec::new();
+    let owners = Owners::new(inputs, &mut problems);
+    inputs.endpoints(&owners, &mut state);
+    inputs.programs(&mut state);
+    if !inputs.config.encryption {
+        return (state, problems);
+    }
+    inputs.addresses(&mut state);
+    inputs.covers(&mut state);
+    inputs.rules(&mut state);
+    inputs.throws(&owners, &mut state);
+    inputs.peers(&mut state);
+    state.owners = owners.entries;
+    state.firewall = Some(inputs.firewall(&state));
+    (state, problems)
+}
+
+/// Ownership of addresses over all nodes.
+struct Owners<'a> {
+    entries: BTreeMap<IpNet, Owner>,
+    /// Node of each prefix and node address.
+    nodes: HashMap<IpNet, &'a NodeName>,
+    /// Records of pods that live on the node that owns their address.
+    workloads: HashMap<IpAddr, &'a WorkloadRecord>,
+    /// Prefix lengths in use, longest first, IPv4 and IPv6.
+    lengths: [Vec<u8>; 2],
+}
+
+impl<'a> Owners<'a> {
+    fn new(inputs: &Inputs<'a>, problems: &mut Vec<String>) -> Self {
+        let mut owners = Self {
+            entries: BTreeMap::new(),
+            nodes: HashMap::new(),
+            workloads: HashMap::new(),
+            lengths: Default::default(),
+        };
+        let Some((checked, workloads)) = inputs.directory else {
+            return owners;
+        };
+        let mut lengths = [BTreeSet::new(), BTreeSet::new()];
+        for node in checked.nodes.values() {
+            let Some(index) = inputs.index(&node.name) else {
+                problems.push(format!("node {}: no node index is free", node.name));
+                continue;
+            };
+            let own = node.name == *inputs.node;
+            let host = if own {
+                IdentityId::HOST
+            } else {
+                IdentityId::REMOTE_NODE
+            };
+            let addresses = node
+                .addresses
+                .iter()
+                .map(|&address| (IpNet::from(address), false, host));
+            let prefixes = node
+                .prefixes
+                .iter()
+                .map(|&prefix| (prefix, true, IdentityId::UNKNOWN));
+            for (prefix, pods, identity) in addresses.chain(prefixes) {
+                lengths[usize::from(prefix.addr().is_ipv6())].insert(prefix.prefix_len());
+                owners.nodes.insert(prefix, &node.name);
+                owners.entries.insert(
+                    prefix,
+                    Owner {
+                        node: index,
+                        pods,
+                        identity,
+                    },
+                );
+            }
+        }
+        owners.lengths = lengths.map(|set| set.into_iter().rev().collect());
+        for workload in workloads {
+            match owners.node_of(workload.ip) {
+                Some(node) if *node == workload.node => {
+                    let Some(index) = inputs.index(node) else { continue };
+                    owners.workloads.insert(workload.ip, workload);
+                    let owner = Owner {
+                        node: index,
+                        pods: true,
+                        identity: workload.identity,
+                    };
+                    owners.entries.insert(workload.ip.into(), owner);
+                }
+                Some(node) => problems.push(format!(
+                    "pod {}: its address {} belongs to node {node}, not to {}",
+                    workload.pod, workload.ip, workload.node
+                )),
+                None => problems.push(format!(
+                    "pod {}: no node owns its address {}",
+                    workload.pod, workload.ip
+                )),
+            }
+        }
+        owners
+    }
+
+    /// The node of the most specific prefix around an address.
+    fn node_of(&self, address: IpAddr) -> Option<&'a NodeName> {
+        let lengths = &self.lengths[usize::from(address.is_ipv6())];
+        let prefix = |length: &u8| IpNet::new(address, *length).ok().map(|prefix| prefix.trunc());
+        lengths
+            .iter()
+            .filter_map(prefix)
+            .find_map(|prefix| self.nodes.get(&prefix).copied())
+    }
+}
+
+impl Inputs<'_> {
+    fn own_record(&self) -> Option<&NodeRecord> {
+        self.directory
+            .and_then(|(checked, _)| checked.nodes.get(self.node))
+    }
+
+    /// The number of a node; 0 is this one.
+    fn index(&self, node: &NodeName) -> Option<u16> {
+        if node == self.node {
+            Some(0)
+        } else {
+            self.indexes.of(node)
+        }
+    }
+
+    fn nodes(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.directory
+            .into_iter()
+            .flat_map(|(checked, _)| checked.nodes.values())
+    }
+
+    fn remote_nodes(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.nodes().filter(|node| node.name != *self.node)
+    }
+
+    fn in_pools(&self, address: IpAddr) -> bool {
+        self.config.pod_pools.iter().any(|pool| pool.contains(&address))
+    }
+
+    /// Addresses of this node in the underlay: on a device, and the directory's (or, before there is one, inside
+    /// the node pools).
+    fn underlay(&self) -> impl Iterator<Item = (IpAddr, &Link)> {
+        let own = self.own_record();
+        let here = self
+            .links
+            .iter()
+            .flat_map(|link| link.addresses.iter().map(move |address| (*address, link)));
+        here.filter(move |(address, _)| match own {
+            Some(record) => record.addresses.contains(address),
+            None => self.config.node_pools.iter().any(|pool| pool.contains(address)),
+        })
+    }
+
+    fn source(&self, ipv6: bool) -> Option<IpAddr> {
+        let of_family = |address: &IpAddr| address.is_ipv6() == ipv6;
+        let here: BTreeSet<IpAddr> = self
+            .underlay()
+            .map(|(address, _)| address)
+            .filter(of_family)
+            .collect();
+        match self.own_record() {
+            Some(record) => record
+                .addresses
+                .iter()
+                .copied()
+                .find(|address| here.contains(address)),
+            None => here.first().copied(),
+        }
+    }
+
+    fn addresses(&self, state: &mut State) {
+        if self.directory.is_none() {
+            state.node_addresses.clone_from(&self.held.node_addresses);
+            state
+                .node_addresses
+                .extend(self.underlay().map(|(address, _)| (address, true)));
+        }
+        for node in self.nodes() {
+            let own = node.name == *self.node;
+            state
+                .node_addresses
+                .extend(node.addresses.iter().map(|&address| (address, own)));
+        }
+    }
+
+    fn firewall(&self, state: &State) -> Firewall {
+        let pods = self.endpoints.iter().map(|(_, endpoint)| endpoint.ifindex);
+        let bridges = self
+            .links
+            .iter()
+            .filter(|link| link.kind == LinkKind::Bridge && self.is_cni_bridge(link));
+        let source = |ipv6| self.source(ipv6);
+        Firewall {
+            pod_pools: self.config.pod_pools.clone(),
+            node_addresses: state.node_addresses.keys().copied().collect(),
+            safe: pods.chain(bridges.map(|link| link.ifindex)).collect(),
+            source_v4: source(false).and_then(|address| match address {
+                IpAddr::V4(address) => Some(address),
+                IpAddr::V6(_) => None,
+            }),
+            source_v6: source(true).and_then(|address| match address {
+                IpAddr::V4(_) => None,
+                IpAddr::V6(address) => Some(address),
+            }),
+            mark_mask: self.config.mark_mask,
+        }
+    }
+
+    /// The blackholes: behind all pods, behind each prefix and node, and behind the node's own prefixes.
+    fn covers(&self, state: &mut State) {
+        let mut cover = |table, prefix, metric| {
+            state.routes.insert(
+                RouteKey {
+                    table,
+                    prefix,
+                    metric,
+                },
+                Route::Blackhole,
+            )
+        };
+        for pool in &self.config.pod_pools {
+            cover(Table::Pods, *pool, metric::POOL);
+        }
+        for node in self.remote_nodes() {
+            for prefix in &node.prefixes {
+                cover(Table::Pods, *prefix, metric::COVER);
+            }
+            for address in &node.addresses {
+                cover(Table::Nodes, (*address).into(), metric::COVER);
+            }
+        }
+        for prefix in self.own_record().into_iter().flat_map(|node| &node.prefixes) {
+            cover(Table::Main, *prefix, metric::COVER);
+        }
+    }
+
+    fn rules(&self, state: &mut State) {
+        for pool in &self.config.pod_pools {
+            let ipv6 = pool.addr().is_ipv6();
+            state.rules.insert(Rule {
+                preference: PODS_PREFERENCE,
+                ipv6,
+                from: None,
+                table: Table::Pods,
+            });
+            state.rules.insert(Rule {
+                preference: NODES_PREFERENCE,
+                ipv6,
+                from: Some(*pool),
+                table: Table::Nodes,
+            });
+        }
+    }
+
+    /// Own prefixes and local pods go back to `main`; a local pod's address that another node owns by now does not.
+    fn throws(&self, owners: &Owners<'_>, state: &mut State) {
+        let own = self
+            .own_record()
+            .into_iter()
+            .flat_map(|node| node.prefixes.iter().copied());
+        let local = self
+            .endpoints
+            .iter()
+            .flat_map(|(_, endpoint)| endpoint.addresses.iter().copied());
+        let local = local
+            .filter(|address| self.in_pools(*address))
+            .filter(|address| owners.node_of(*address).is_none_or(|node| node == self.node))
+            .map(IpNet::from);
+        for prefix in own.chain(local) {
+            state.routes.insert(
+                RouteKey {
+                    table: Table::Pods,
+                    prefix,
+                    metric: metric::ROUTE,
+                },
+                Route::Throw,
+            );
+        }
+    }
+
+    /// The tunnel devices, their peers, the routes into them and the paths.
+    fn peers(&self, state: &mut State) {
+        let Some(main) = self.slots.first().map(|slot| slot.slot) else {
+            return;
+        };
+        let mut peers = BTreeMap::new();
+        let mut over_ipv6 = self.underlay().any(|(address, _)| address.is_ipv6());
+        for node in self.remote_nodes() {
+            let (Some(key), Some(index)) = (peer_key(node, main), self.index(&node.name)) else {
+                continue;
+            };
+            let endpoint = self.endpoint_of(node, key);
+            over_ipv6 |= endpoint.is_some_and(|endpoint| endpoint.is_ipv6());
+            let given = self.given.get(&(main, key.public_key)).copied();
+            let allowed_ips = node
+                .prefixes
+                .iter()
+                .copied()
+                .chain(node.addresses.iter().map(|&a| a.into()))
+                .collect();
+            peers.insert(
+                key.public_key,
+                Peer {
+                    endpoint,
+                    keepalive: self.config.keepalive_seconds,
+                    allowed_ips,
+                    endpoint_is_new: endpoint.is_some() && given != endpoint,
+                    silent: false,
+                },
+            );
+            state.paths.insert(
+                index,
+                NodePath {
+                    slot: main,
+                    receive: 1 << main,
+                },
+            );
+            self.routes_to(node, main, state);
+        }
+        let underlay = self
+            .underlay()
+            .map(|(_, link)| link.mtu)
+            .min()
+            .unwrap_or(USUAL_MTU);
+        let overhead = if over_ipv6 { OVERHEAD_V6 } else { OVERHEAD_V4 };
+        let mtu = underlay.saturating_sub(overhead).max(SMALLEST_MTU);
+        for slot in self.slots {
+            let peers = if slot.slot == main {
+                std::mem::take(&mut peers)
+            } else {
+                BTreeMap::new()
+            };
+            let wireguard = WireGuard {
+                public_key: Some(slot.public_key),
+                port: slot.port,
+                peers,
+            };
+            let address = Some(slot_address(slot.slot));
+            state.devices.insert(
+                slot.slot,
+                Device {
+                    exists: true,
+                    up: true,
+                    mtu,
+                    programs: true,
+                    address,
+                    wireguard,
+                },
+            );
+        }
+    }
+
+    fn routes_to(&self, node: &NodeRecord, slot: u8, state: &mut State) {
+        let pods = node.prefixes.iter().map(|&prefix| (Table::Pods, prefix));
+        let hosts = node
+            .addresses
+            .iter()
+            .map(|&address| (Table::Nodes, IpNet::from(address)));
+        for (table, prefix) in pods.chain(hosts) {
+            let source = self.source(prefix.addr().is_ipv6());
+            state.routes.insert(
+                RouteKey {
+                    table,
+                    prefix,
+                    metric: metric::ROUTE,
+                },
+                Route::Tunnel { slot, source },
+            );
+        }
+    }
+
+    /// The peer's best endpoint of a family that this node has in the underlay.
+    fn endpoint_of(&self, node: &NodeRecord, key: &SlotKey) -> Option<SocketAddr> {
+        let families: BTreeSet<bool> = self.underlay().map(|(address, _)| address.is_ipv6()).collect();
+        // Where none of the own addresses is on a device, the order of the directory decides.
+        let usable = |address: &&IpAddr| families.is_empty() || families.contains(&address.is_ipv6());
+        node.endpoints
+            .iter()
+            .find(usable)
+            .map(|address| SocketAddr::new(*address, key.port))
+    }
+
+    fn endpoints(&self, owners: &Owners<'_>, state: &mut State) {
+        for (index, endpoint) in self.endpoints.iter() {
+            let newest = |address: &IpAddr| {
+                self.endpoints
+                    .by_address(*address)
+                    .is_some_and(|(i, _)| i == index)
+            };
+            let addresses: BTreeSet<IpAddr> = endpoint.addresses.iter().copied().filter(newest).collect();
+            let known = addresses
+                .iter()
+                .filter_map(|address| owners.workloads.get(address))
+                .find(|workload| {
+                    workload.node == *self.node
+                        && endpoint
+                            .pod
+                            .as_ref()
+                            .is_none_or(|pod| pod.uid == workload.pod.uid)
+                });
+            let identity = known.map_or(endpoint.identity, |workload| workload.identity);
+            state.endpoints.insert(
+                endpoint.ifindex,
+                EndpointEntry {
+                    index,
+                    mac: endpoint.mac,
+                    addresses,
+                    identity,
+                },
+            );
+        }
+    }
+
+    fn programs(&self, state: &mut State) {
+        for link in self.links {
+            let is_pod = self.endpoints.by_link(link.ifindex).is_some();
+            let programs = match link.kind {
+                LinkKind::Loopback | LinkKind::Tunnel(_) => continue,
+                _ if is_pod => Programs::Pod,
+                _ if !self.config.encryption => continue,
+                LinkKind::Bridge if self.is_cni_bridge(link) => continue,
+                LinkKind::Bridge | LinkKind::Veth | LinkKind::Other => Programs::Barrier,
+            };
+            state.programs.insert(link.ifindex, programs);
+        }
+    }
+
+    /// A bridge that pods hang on: its ports are judged one by one, and it carries the host's own traffic to them.
+    fn is_cni_bridge(&self, bridge: &Link) -> bool {
+        let gateway = bridge.addresses.iter().any(|address| self.in_pools(*address));
+        let ports = || {
+            self.links
+                .iter()
+                .filter(|link| link.master == Some(bridge.ifindex))
+        };
+        gateway || ports().any(|port| self.endpoints.by_link(port.ifindex).is_some())
+    }
+}
+
+/// The key of a peer that belongs on our device of a slot: the one of the same slot, else its first.
+fn peer_key(node: &NodeRecord, slot: u8) -> Option<&SlotKey> {
+    node.slots
+        .iter()
+        .find(|key| key.slot == slot)
+        .or_else(|| node.slots.first())
+}

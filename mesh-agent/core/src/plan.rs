@@ -1,0 +1,300 @@
+//! The difference between what is wanted and what is there, as steps in a safe order.
+//!
+//! ```text
+//!  1 barriers, packet filter          nothing leaves in clear while the rest is built
+//!  2 throws, blackholes, rules        every remote pod prefix is covered before it is routed
+//!  3 node addresses                   the barrier knows new nodes before their peers exist
+//!  4 devices                          down -> programs -> address -> key -> up
+//!  5 what goes                        path, owner, route (the blackhole stays) ...
+//!  6 peers                            new ones and their prefixes, then those that leave
+//!  7 what comes                       owner, path, route
+//!  8 endpoints                        entry, and only then pod programs in place of the barrier
+//!  9 covers that are no longer wanted
+//! ```
+
+use std::{cmp::Reverse, collections::BTreeMap};
+
+use warren_model::PublicKey;
+
+use crate::{
+    action::Action,
+    state::{Device, Peer, Programs, Route, RouteKey, State, WireGuard},
+};
+
+/// The steps from `observed` to `desired`. With `prune` false nothing is removed that a directory might still
+/// want: pass it until the first full directory is known.
+pub fn plan(desired: &State, observed: &State, prune: bool) -> Vec<Action> {
+    let mut steps = Plan {
+        desired,
+        observed,
+        prune,
+        actions: Vec::new(),
+    };
+    steps.protect();
+    steps.cover();
+    steps.devices();
+    if prune {
+        steps.unreach();
+    }
+    steps.peers();
+    steps.reach();
+    steps.endpoints();
+    if prune {
+        steps.uncover();
+    }
+    steps.actions
+}
+
+struct Plan<'a> {
+    desired: &'a State,
+    observed: &'a State,
+    prune: bool,
+    actions: Vec<Action>,
+}
+
+impl Plan<'_> {
+    fn push(&mut self, action: Action) {
+        self.actions.push(action);
+    }
+
+    /// Gives programs of a kind to the devices that want them and have not got them.
+    fn attach(&mut self, kind: Programs) {
+        for (&ifindex, wanted) in &self.desired.programs {
+            if *wanted == kind && self.observed.programs.get(&ifindex) != Some(wanted) {
+                self.push(Action::Attach(ifindex, kind));
+            }
+        }
+    }
+
+    fn protect(&mut self) {
+        self.attach(Programs::Barrier);
+        match &self.desired.firewall {
+            Some(firewall) if self.observed.firewall.as_ref() != Some(firewall) => {
+                self.push(Action::SetFirewall(firewall.clone()));
+            }
+            _ => {}
+        }
+    }
+
+    /// The more specific goes first, so that neither a throw opens what a blackhole inside it must cover, nor a
+    /// blackhole stops local pods that a throw inside it lets through.
+    fn cover(&mut self) {
+        let missing = |(key, route): &(&RouteKey, &Route)| {
+            !matches!(route, Route::Tunnel { .. }) && self.observed.routes.get(key) != Some(route)
+        };
+        let mut covers: Vec<_> = self
+            .desired
+            .routes
+            .iter()
+            .filter(missing)
+            .map(|(k, r)| (*k, *r))
+            .collect();
+        covers.sort_by_key(|(key, route)| (Reverse(key.prefix.prefix_len()), *route != Route::Throw));
+        self.actions.extend(
+            covers
+                .into_iter()
+                .map(|(key, route)| Action::SetRoute(key, route)),
+        );
+        for rule in self.desired.rules.difference(&self.observed.rules) {
+            self.push(Action::AddRule(*rule));
+        }
+        for (address, own) in &self.desired.node_addresses {
+            if self.observed.node_addresses.get(address) != Some(own) {
+                self.push(Action::SetNodeAddress(*address, *own));
+            }
+        }
+    }
+
+    fn devices(&mut self) {
+        let absent = Device::default();
+        for (&slot, wanted) in &self.desired.devices {
+            let found = self.observed.devices.get(&slot).unwrap_or(&absent);
+            if !found.exists {
+                self.push(Action::CreateDevice {
+                    slot,
+                    mtu: wanted.mtu,
+                });
+            } else if found.mtu != wanted.mtu {
+                self.push(Action::SetMtu {
+                    slot,
+                    mtu: wanted.mtu,
+                });
+            }
+            if !found.programs {
+                self.push(Action::AttachTunnel(slot));
+            }
+            if let Some(address) = wanted.address.filter(|_| found.address != wanted.address) {
+                self.push(Action::SetAddress { slot, address });
+            }
+            if !found.up {
+                self.push(Action::DeviceUp(slot));
+            }
+            let WireGuard { public_key, port, .. } = &wanted.wireguard;
+            if let Some(public_key) = *public_key
+                && (found.wireguard.public_key != Some(public_key) || found.wireguard.port != *port)
+            {
+                self.push(Action::SetKey {
+                    slot,
+                    public_key,
+                    port: *port,
+                });
+            }
+        }
+    }
+
+    /// Cuts off what is no longer reachable; the blackholes still cover it.
+    fn unreach(&mut self) {
+        for &node in self.observed.paths.keys() {
+            if !self.desired.paths.contains_key(&node) {
+                self.push(Action::RemovePath(node));
+            }
+        }
+        for &prefix in self.observed.owners.keys() {
+            if !self.desired.owners.contains_key(&prefix) {
+                self.push(Action::RemoveOwner(prefix));
+            }
+        }
+        for (key, route) in &self.observed.routes {
+            if matches!(route, Route::Tunnel { .. }) && !self.desired.routes.contains_key(key) {
+                self.push(Action::RemoveRoute(*key, *route));
+            }
+        }
+    }
+
+    fn peers(&mut self) {
+        let absent = Device::default();
+        for (&slot, wanted) in &self.desired.devices {
+            let found = &self
+                .observed
+                .devices
+                .get(&slot)
+                .unwrap_or(&absent)
+                .wireguard
+                .peers;
+            // A new key of the device ends all sessions, but peers and prefixes stay.
+            self.add_peers(slot, &wanted.wireguard.peers, found);
+            if self.prune {
+                self.remove_peers(slot, &wanted.wireguard.peers, found);
+            }
+        }
+        if self.prune {
+            for (&slot, found) in &self.observed.devices {
+                if !self.desired.devices.contains_key(&slot) && found.wireguard != WireGuard::default() {
+                    self.push(Action::ClearDevice(slot));
+                }
+            }
+        }
+    }
+
+    fn add_peers(&mut self, slot: u8, wanted: &BTreeMap<PublicKey, Peer>, found: &BTreeMap<PublicKey, Peer>) {
+        for (&peer, wanted) in wanted {
+            let found = found.get(&peer);
+            let endpoint = new_endpoint(wanted, found);
+            if found.is_none_or(|found| found.keepalive != wanted.keepalive) || endpoint.is_some() {
+                self.push(Action::SetPeer {
+                    slot,
+                    peer,
+                    endpoint,
+                    keepalive: wanted.keepalive,
+                });
+            }
+            for &prefix in &wanted.allowed_ips {
+                if !found.is_some_and(|found| found.allowed_ips.contains(&prefix)) {
+                    self.push(Action::AddAllowedIp { slot, peer, prefix });
+                }
+            }
+        }
+    }
+
+    /// A prefix that moved has been taken by its new peer already.
+    fn remove_peers(
+        &mut self,
+        slot: u8,
+        wanted: &BTreeMap<PublicKey, Peer>,
+        found: &BTreeMap<PublicKey, Peer>,
+    ) {
+        for (&peer, found) in found {
+            let Some(keep) = wanted.get(&peer) else {
+                self.push(Action::RemovePeer { slot, peer });
+                continue;
+            };
+            for &prefix in found.allowed_ips.difference(&keep.allowed_ips) {
+                if !wanted.values().any(|other| other.allowed_ips.contains(&prefix)) {
+                    self.push(Action::RemoveAllowedIp { slot, peer, prefix });
+                }
+            }
+        }
+    }
+
+    fn reach(&mut self) {
+        for (&prefix, owner) in &self.desired.owners {
+            if self.observed.owners.get(&prefix) != Some(owner) {
+                self.push(Action::SetOwner(prefix, *owner));
+            }
+        }
+        for (&node, path) in &self.desired.paths {
+            if self.observed.paths.get(&node) != Some(path) {
+                self.push(Action::SetPath(node, *path));
+            }
+        }
+        for (key, route) in &self.desired.routes {
+            if matches!(route, Route::Tunnel { .. }) && self.observed.routes.get(key) != Some(route) {
+                self.push(Action::SetRoute(*key, *route));
+            }
+        }
+    }
+
+    fn endpoints(&mut self) {
+        for &ifindex in self.observed.endpoints.keys() {
+            if self.prune && !self.desired.endpoints.contains_key(&ifindex) {
+                self.push(Action::RemoveEndpoint(ifindex));
+            }
+        }
+        for (&ifindex, entry) in &self.desired.endpoints {
+            if self.observed.endpoints.get(&ifindex) != Some(entry) {
+                self.push(Action::SetEndpoint(ifindex, entry.clone()));
+            }
+        }
+        self.attach(Programs::Pod);
+        for &ifindex in self.observed.programs.keys() {
+            if !self.desired.programs.contains_key(&ifindex) {
+                self.push(Action::Detach(ifindex));
+            }
+        }
+    }
+
+    fn uncover(&mut self) {
+        for rule in self.observed.rules.difference(&self.desired.rules) {
+            self.push(Action::RemoveRule(*rule));
+        }
+        for kind in [Route::Blackhole, Route::Throw] {
+            for (key, route) in &self.observed.routes {
+                if *route == kind && !self.desired.routes.contains_key(key) {
+                    self.push(Action::RemoveRoute(*key, *route));
+                }
+            }
+        }
+        for address in self.observed.node_addresses.keys() {
+            if !self.desired.node_addresses.contains_key(address) {
+                self.push(Action::RemoveNodeAddress(*address));
+            }
+        }
+        if self.desired.firewall.is_none() && self.observed.firewall.is_some() {
+            self.push(Action::RemoveFirewall);
+        }
+    }
+}
+
+/// The endpoint to give to the device, if any: where the directory changed it, where the device has none, or
+/// where the one it has leads to no handshake. Otherwise the device keeps what it learned by roaming.
+fn new_endpoint(wanted: &Peer, found: Option<&Peer>) -> Option<std::net::SocketAddr> {
+    let wanted_endpoint = wanted.endpoint?;
+    match found {
+        None => Some(wanted_endpoint),
+        Some(found) if found.endpoint == Some(wanted_endpoint) => None,
+        Some(found) if found.endpoint.is_none() || wanted.endpoint_is_new || found.silent => {
+            Some(wanted_endpoint)
+        }
+        Some(_) => None,
+    }
+}

@@ -1,0 +1,274 @@
+//! A model of the machine: what each step does to it.
+#![expect(
+    clippy::allow_attributes,
+    reason = "each test binary uses a part of this module"
+)]
+#![allow(dead_code)]
+
+use std::net::IpAddr;
+
+use warren_agent_core::{
+    Action, Agent, Device, Directory, Link, LinkKind, Observed, Peer, Programs, Route, RouteKey, Settings,
+    Slot, State, Table, WireGuard,
+};
+use warren_model::{ClusterConfig, Datapath, NodeRecord, PublicKey, SlotKey};
+
+pub(crate) fn config() -> ClusterConfig {
+    ClusterConfig {
+        cluster_name: "test".into(),
+        encryption: true,
+        pod_pools: vec![
+            "10.244.0.0/16".parse().unwrap(),
+            "fd00:10:244::/48".parse().unwrap(),
+        ],
+        node_pools: vec!["172.30.0.0/24".parse().unwrap(), "fd00:30::/64".parse().unwrap()],
+        service_cidrs: vec![],
+        prefix_source: Default::default(),
+        datapath: Default::default(),
+        wireguard_port: 51871,
+        keyd_port: 4250,
+        apiserver_port: 6443,
+        keepalive_seconds: 25,
+        mark_mask: 0x3f7f,
+        snapshot_expiry_seconds: 86400,
+    }
+}
+
+pub(crate) fn key(n: u8) -> PublicKey {
+    PublicKey::from_bytes([n + 2; 32]).unwrap()
+}
+
+pub(crate) fn settings(config: ClusterConfig) -> Settings {
+    Settings {
+        config,
+        node: "node1".into(),
+        slots: vec![Slot {
+            slot: 0,
+            port: 51871,
+            generation: 1,
+            public_key: key(1),
+        }],
+    }
+}
+
+pub(crate) fn node(n: u8) -> NodeRecord {
+    let addresses: Vec<IpAddr> = vec![[172, 30, 0, n].into(), format!("fd00:30::{n}").parse().unwrap()];
+    NodeRecord {
+        name: format!("node{n}").into(),
+        uid: format!("uid{n}").into(),
+        endpoints: addresses.clone(),
+        addresses,
+        prefixes: vec![
+            format!("10.244.{n}.0/24").parse().unwrap(),
+            format!("fd00:10:244:{n}::/64").parse().unwrap(),
+        ],
+        slots: vec![SlotKey {
+            slot: 0,
+            port: 51871,
+            generation: 1,
+            public_key: key(n),
+        }],
+        datapath: Some(Datapath::Userspace),
+    }
+}
+
+pub(crate) fn directory(version: u64, nodes: Vec<NodeRecord>) -> Directory {
+    Directory {
+        epoch: 1,
+        version,
+        nodes,
+        ..Directory::default()
+    }
+}
+
+pub(crate) fn link(ifindex: u32, name: &str, kind: LinkKind, addresses: &[&str]) -> Link {
+    let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
+    Link {
+        ifindex,
+        name: name.into(),
+        kind,
+        master: None,
+        mtu: 1500,
+        addresses,
+    }
+}
+
+/// A node with an underlay device and nothing of ours.
+pub(crate) fn bare() -> Observed {
+    let links = vec![
+        link(1, "lo", LinkKind::Loopback, &["127.0.0.1"]),
+        link(2, "eth0", LinkKind::Other, &["172.30.0.1", "fd00:30::1"]),
+    ];
+    Observed {
+        links,
+        state: State::default(),
+    }
+}
+
+/// Does to the machine what a driver would do.
+pub(crate) fn apply(state: &mut State, action: &Action) {
+    match action.clone() {
+        Action::Attach(ifindex, programs) => {
+            state.programs.insert(ifindex, programs);
+        }
+        Action::Detach(ifindex) => {
+            state.programs.remove(&ifindex);
+        }
+        Action::SetFirewall(firewall) => state.firewall = Some(firewall),
+        Action::RemoveFirewall => state.firewall = None,
+        Action::SetRoute(key, route) => {
+            state.routes.insert(key, route);
+        }
+        Action::RemoveRoute(key, _) => {
+            state.routes.remove(&key);
+        }
+        Action::AddRule(rule) => {
+            state.rules.insert(rule);
+        }
+        Action::RemoveRule(rule) => {
+            state.rules.remove(&rule);
+        }
+        Action::SetNodeAddress(address, own) => {
+            state.node_addresses.insert(address, own);
+        }
+        Action::RemoveNodeAddress(address) => {
+            state.node_addresses.remove(&address);
+        }
+        Action::SetOwner(prefix, owner) => {
+            state.owners.insert(prefix, owner);
+        }
+        Action::RemoveOwner(prefix) => {
+            state.owners.remove(&prefix);
+        }
+        Action::SetPath(node, path) => {
+            state.paths.insert(node, path);
+        }
+        Action::RemovePath(node) => {
+            state.paths.remove(&node);
+        }
+        Action::SetEndpoint(ifindex, entry) => {
+            state.endpoints.insert(ifindex, entry);
+        }
+        Action::RemoveEndpoint(ifindex) => {
+            state.endpoints.remove(&ifindex);
+        }
+        device => apply_device(state, device),
+    }
+}
+
+fn apply_device(state: &mut State, action: Action) {
+    match action {
+        Action::CreateDevice { slot, mtu } => {
+            state.devices.insert(
+                slot,
+                Device {
+                    exists: true,
+                    mtu,
+                    ..Device::default()
+                },
+            );
+        }
+        Action::AttachTunnel(slot) => device(state, slot).programs = true,
+        Action::SetMtu { slot, mtu } => device(state, slot).mtu = mtu,
+        Action::SetAddress { slot, address } => device(state, slot).address = Some(address),
+        Action::DeviceUp(slot) => device(state, slot).up = true,
+        Action::SetKey {
+            slot,
+            public_key,
+            port,
+        } => {
+            let wireguard = &mut device(state, slot).wireguard;
+            (wireguard.public_key, wireguard.port) = (Some(public_key), port);
+        }
+        Action::SetPeer {
+            slot,
+            peer,
+            endpoint,
+            keepalive,
+        } => {
+            let found = device(state, slot)
+                .wireguard
+                .peers
+                .entry(peer)
+                .or_insert_with(Peer::default);
+            found.keepalive = keepalive;
+            found.endpoint = endpoint.or(found.endpoint);
+        }
+        Action::RemovePeer { slot, peer } => {
+            device(state, slot).wireguard.peers.remove(&peer);
+        }
+        Action::AddAllowedIp { slot, peer, prefix } => {
+            let peers = &mut device(state, slot).wireguard.peers;
+            peers.values_mut().for_each(|other| {
+                other.allowed_ips.remove(&prefix);
+            });
+            peers
+                .get_mut(&peer)
+                .expect("a prefix for a peer that exists")
+                .allowed_ips
+                .insert(prefix);
+        }
+        Action::RemoveAllowedIp { slot, peer, prefix } => {
+            if let Some(peer) = device(state, slot).wireguard.peers.get_mut(&peer) {
+                peer.allowed_ips.remove(&prefix);
+            }
+        }
+        Action::ClearDevice(slot) => device(state, slot).wireguard = WireGuard::default(),
+        other => panic!("{other} is not about a device"),
+    }
+}
+
+fn device(state: &mut State, slot: u8) -> &mut Device {
+    let device = state
+        .devices
+        .get_mut(&slot)
+        .expect("a step on a device that exists");
+    assert!(device.exists);
+    device
+}
+
+/// Wanted and observed in a form that can be compared: without what only one of them knows.
+pub(crate) fn comparable(state: &State) -> State {
+    let mut state = state.clone();
+    for device in state.devices.values_mut() {
+        for peer in device.wireguard.peers.values_mut() {
+            (peer.endpoint_is_new, peer.silent) = (false, false);
+        }
+    }
+    state
+}
+
+/// Plans and executes until nothing is left to do; returns all steps.
+pub(crate) fn converge(agent: &mut Agent, observed: &mut Observed) -> Vec<Action> {
+    let steps = agent.plan(observed, Default::default());
+    for step in &steps {
+        assert!(agent.may_run(step));
+        apply(&mut observed.state, step);
+        agent.report(step, Ok(()), Default::default());
+    }
+    steps
+}
+
+/// Whether a packet to a prefix is either tunnelled or dropped by the routes.
+pub(crate) fn covered(state: &State, prefix: ipnet::IpNet) -> bool {
+    let ipv6 = prefix.addr().is_ipv6();
+    if !state
+        .rules
+        .iter()
+        .any(|rule| rule.table == Table::Pods && rule.ipv6 == ipv6 && rule.from.is_none())
+    {
+        return false;
+    }
+    let around = |(key, _): &(&RouteKey, &Route)| key.table == Table::Pods && key.prefix.contains(&prefix);
+    let best = state
+        .routes
+        .iter()
+        .filter(around)
+        .max_by_key(|(key, _)| (key.prefix.prefix_len(), std::cmp::Reverse(key.metric)));
+    matches!(best, Some((_, Route::Tunnel { .. } | Route::Blackhole)))
+}
+
+/// The devices that must have the barrier have it.
+pub(crate) fn barred(observed: &Observed, ifindex: u32) -> bool {
+    observed.state.programs.get(&ifindex) == Some(&Programs::Barrier)
+}
