@@ -1,1 +1,13 @@
-//! See Cargo.toml.
+//! The lab: nodes and pods as namespaces of one machine, the real CNI chain, packet capture between the
+//! nodes, and the scenarios that run in it.
+//!
+//! This crate may not know how `keyd` or an agent work: it starts their binaries, reads their documented
+//! output and looks at the packets between the nodes. Nothing it builds touches the machine's own network
+//! namespace, and nothing it sends can leave the machine.
+
+pub mod app;
+pub mod capture;
+pub mod demo;
+pub mod forge;
+pub mod inside;
+pub mod lab;

@@ -1,0 +1,10 @@
+//! The lab's own applications: one server that every pod runs, and clients that report as JSON.
+//!
+//! Nothing here depends on tools of the machine, so that a check means the same everywhere.
+
+pub mod ask;
+pub mod flow;
+pub mod ping;
+pub mod serve;
+pub mod transfer;
+pub mod wire;

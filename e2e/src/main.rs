@@ -1,3 +1,0 @@
-//! See Cargo.toml.
-
-fn main() {}
