@@ -1,7 +1,7 @@
 //! Our routes: level-triggered, and never a moment without cover.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -136,21 +136,17 @@ struct Plan {
     delete: Vec<Route>,
 }
 
-/// Sets blackholes before what they cover, and throws before the blackholes of the same table that would otherwise
-/// swallow what they hand on. Deletes throws first (they open), then routes to devices, and blackholes last, the
-/// more specific ones first.
+/// Sets blackholes and throws before routes to devices, the more specific ones first: no throw opens what a
+/// blackhole inside it covers, no blackhole swallows what a throw inside it hands on. Deletes throws first (they
+/// open), then routes to devices, and blackholes last, the more specific ones first.
 fn plan(present: &BTreeMap<Key, Route>, desired: &[Route]) -> Plan {
     let desired: BTreeMap<Key, Route> =
         desired.iter().map(Route::normalised).map(|route| (route.key(), route)).collect();
-    let throwing: BTreeSet<u32> =
-        desired.values().filter(|route| route.kind == RouteKind::Throw).map(|route| route.table).collect();
     let mut set: Vec<Route> =
         desired.iter().filter(|(key, route)| present.get(key) != Some(route)).map(|(_, r)| r.clone()).collect();
-    set.sort_by_key(|route| match route.kind {
-        RouteKind::Blackhole if !throwing.contains(&route.table) => 0,
-        RouteKind::Throw => 1,
-        RouteKind::Blackhole => 2,
-        RouteKind::Via { .. } => 3,
+    set.sort_by_key(|route| {
+        let via = matches!(route.kind, RouteKind::Via { .. });
+        (via, u8::MAX - route.destination.prefix_len(), route.table, route.kind != RouteKind::Throw)
     });
     let mut delete: Vec<Route> =
         present.iter().filter(|(key, _)| !desired.contains_key(key)).map(|(_, r)| r.clone()).collect();
