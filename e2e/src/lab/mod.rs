@@ -445,7 +445,7 @@ fn keep_wanted() -> bool {
     std::env::var(KEEP_VARIABLE).is_ok_and(|value| !value.is_empty() && value != "0")
 }
 
-fn start_reaper(dir: &Path, id: &str) -> Result<(Child, ChildStdin, u32)> {
+pub(crate) fn start_reaper(dir: &Path, id: &str) -> Result<(Child, ChildStdin, u32)> {
     fs::create_dir_all(dir.join("logs"))?;
     let log = fs::File::create(dir.join("logs/lab.log"))?;
     let mut reaper = Command::new(dir.join("bin").join(binaries::LAB_APP))

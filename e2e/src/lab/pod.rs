@@ -207,7 +207,12 @@ impl Pod {
 
     /// Sends `bytes` bytes over TCP.
     pub fn transfer(&self, to: IpAddr, bytes: u64) -> Result<TransferReport> {
-        let to = SocketAddr::new(to, PORT).to_string();
+        self.transfer_port(SocketAddr::new(to, PORT), bytes)
+    }
+
+    /// Sends `bytes` bytes over TCP to any port.
+    pub fn transfer_port(&self, to: SocketAddr, bytes: u64) -> Result<TransferReport> {
+        let to = to.to_string();
         let app = self.node.app();
         let text = self
             .place()
@@ -217,7 +222,12 @@ impl Pod {
 
     /// Starts numbered UDP packets to another pod.
     pub fn flow(&self, to: IpAddr, rate: u32) -> Result<Flow> {
-        let to = SocketAddr::new(to, PORT).to_string();
+        self.flow_port(SocketAddr::new(to, PORT), rate)
+    }
+
+    /// Starts numbered UDP packets to any port.
+    pub fn flow_port(&self, to: SocketAddr, rate: u32) -> Result<Flow> {
+        let to = to.to_string();
         let mut command =
             self.place()
                 .command([&self.node.app(), "flow", "--to", &to, "--rate", &rate.to_string()]);
