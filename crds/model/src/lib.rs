@@ -9,6 +9,7 @@ pub mod directory;
 pub mod identity;
 pub mod key;
 pub mod node;
+pub mod policy;
 pub mod workload;
 
 pub use config::{ClusterConfig, DatapathChoice, PrefixSource};
