@@ -54,6 +54,16 @@ pub enum RefusalReason {
         /// Its first owner.
         owner: NodeName,
     },
+    /// Overlaps another node's podCIDR.
+    #[error("prefix {prefix} overlaps {other}, which already belongs to node {owner}")]
+    OverlapsPrefix {
+        /// The prefix.
+        prefix: IpNet,
+        /// What it overlaps.
+        other: IpNet,
+        /// The first owner of that.
+        owner: NodeName,
+    },
     /// Not inside the operator's pod pools.
     #[error("prefix {0} lies outside podPools")]
     OutsidePools(IpNet),
@@ -106,11 +116,19 @@ pub fn check<'a>(config: &ClusterConfig, records: impl IntoIterator<Item = &'a N
     let mut kept: Vec<NodeRecord> = Vec::with_capacity(records.len());
 
     for &record in &records {
-        let mut refuse = |reason| out.refused.push(Refusal { node: record.name.clone(), reason });
+        let mut refuse = |reason| {
+            out.refused.push(Refusal {
+                node: record.name.clone(),
+                reason,
+            })
+        };
         let mut node = record.clone();
         node.addresses.retain(|&address| match addresses.get(&address) {
             Some(owner) if **owner != record.name => {
-                refuse(RefusalReason::DuplicateAddress { address, owner: (*owner).clone() });
+                refuse(RefusalReason::DuplicateAddress {
+                    address,
+                    owner: (*owner).clone(),
+                });
                 false
             }
             _ if !config.node_pools.iter().any(|pool| pool.contains(&address)) => {
@@ -135,22 +153,32 @@ pub fn check<'a>(config: &ClusterConfig, records: impl IntoIterator<Item = &'a N
             }
             let owner = *keys.entry(slot.public_key).or_insert(&record.name);
             if *owner != record.name {
-                refuse(RefusalReason::DuplicateKey { key: slot.public_key, owner: owner.clone() });
+                refuse(RefusalReason::DuplicateKey {
+                    key: slot.public_key,
+                    owner: owner.clone(),
+                });
             }
             *owner == record.name
         });
         kept.push(node);
     }
     for (node, record) in kept.iter_mut().zip(&records) {
-        let mut refuse = |reason| out.refused.push(Refusal { node: record.name.clone(), reason });
-        node.prefixes.retain(|prefix| match prefix_fault(config, &addresses, &prefixes, *prefix, &record.name) {
-            Some(reason) => {
-                refuse(reason);
-                false
-            }
-            None => {
-                prefixes.insert(*prefix, &record.name);
-                true
+        let mut refuse = |reason| {
+            out.refused.push(Refusal {
+                node: record.name.clone(),
+                reason,
+            })
+        };
+        node.prefixes.retain(|prefix| {
+            match prefix_fault(config, &addresses, &prefixes, *prefix, &record.name) {
+                Some(reason) => {
+                    refuse(reason);
+                    false
+                }
+                None => {
+                    prefixes.insert(*prefix, &record.name);
+                    true
+                }
             }
         });
     }
@@ -166,22 +194,38 @@ fn prefix_fault(
     node: &NodeName,
 ) -> Option<RefusalReason> {
     let overlaps = |other: &IpNet| other.contains(&prefix) || prefix.contains(other);
-    if let Some(other) = config.service_cidrs.iter().chain(&config.node_pools).find(|other| overlaps(other)) {
-        return Some(RefusalReason::Reserved { prefix, other: *other });
+    if let Some(other) = config
+        .service_cidrs
+        .iter()
+        .chain(&config.node_pools)
+        .find(|other| overlaps(other))
+    {
+        return Some(RefusalReason::Reserved {
+            prefix,
+            other: *other,
+        });
     }
     if prefix.prefix_len() == 0 {
-        return Some(RefusalReason::Reserved { prefix, other: prefix });
+        return Some(RefusalReason::Reserved {
+            prefix,
+            other: prefix,
+        });
     }
     if !config.pod_pools.iter().any(|pool| pool.contains(&prefix)) {
         return Some(RefusalReason::OutsidePools(prefix));
     }
-    if let Some((address, _)) = addresses.iter().find(|(address, _)| prefix.contains(*address)) {
-        return Some(RefusalReason::CoversNode { prefix, address: *address });
+    // A range, not a scan: with `prefixSource: podIP` there are as many prefixes as pods.
+    if let Some((address, _)) = addresses.range(prefix.network()..=prefix.broadcast()).next() {
+        return Some(RefusalReason::CoversNode {
+            prefix,
+            address: *address,
+        });
     }
     match owners.get(&prefix) {
-        Some(owner) if *owner != node => {
-            Some(RefusalReason::DuplicatePrefix { prefix, owner: (*owner).clone() })
-        }
+        Some(owner) if *owner != node => Some(RefusalReason::DuplicatePrefix {
+            prefix,
+            owner: (*owner).clone(),
+        }),
         _ => None,
     }
 }
@@ -195,7 +239,10 @@ mod tests {
         ClusterConfig {
             cluster_name: "default".into(),
             encryption: true,
-            pod_pools: vec!["10.244.0.0/16".parse().unwrap(), "fd00:10:244::/48".parse().unwrap()],
+            pod_pools: vec![
+                "10.244.0.0/16".parse().unwrap(),
+                "fd00:10:244::/48".parse().unwrap(),
+            ],
             node_pools: vec!["172.30.0.0/24".parse().unwrap()],
             service_cidrs: vec!["10.96.0.0/16".parse().unwrap()],
             prefix_source: Default::default(),
@@ -252,7 +299,14 @@ mod tests {
 
     #[test]
     fn prefixes_outside_the_pools_or_over_reserved_ones_are_refused_one_by_one() {
-        for bad in ["10.245.0.0/24", "0.0.0.0/0", "10.96.1.0/24", "172.30.0.0/25", "10.0.0.0/8", "::/0"] {
+        for bad in [
+            "10.245.0.0/24",
+            "0.0.0.0/0",
+            "10.96.1.0/24",
+            "172.30.0.0/25",
+            "10.0.0.0/8",
+            "::/0",
+        ] {
             let mut liar = node(1);
             liar.prefixes.push(bad.parse().unwrap());
             let checked = check(&config(), &[liar]);

@@ -1,0 +1,264 @@
+//! What goes in and what comes out.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use ipnet::IpNet;
+use warren_model::{
+    Datapath, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PublicKey, SlotKey, WorkloadRecord,
+};
+
+use crate::stored::Object;
+
+/// Where objects come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// The Kubernetes API: pods, their nodes and their addresses are the API's word.
+    Kubernetes,
+    /// A folder of manifests: the agents' reports are the only source of pod addresses.
+    StandAlone,
+}
+
+/// A Node of the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// `metadata.name`.
+    pub name: NodeName,
+    /// `metadata.uid`, or a value derived from where the object was found.
+    pub uid: NodeUid,
+    /// The UID was derived. A derived UID is the same when the object comes back after a deletion; the core then
+    /// appends a counter, so that the new node is another one.
+    pub uid_derived: bool,
+    /// InternalIP addresses, best first.
+    pub addresses: Vec<IpAddr>,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Vec<IpNet>,
+}
+
+/// A Namespace of the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A Pod of the source.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// `metadata.namespace`.
+    pub namespace: String,
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.uid`; a manifest may have none.
+    pub uid: Option<String>,
+    /// `spec.nodeName`; a manifest may leave the place open.
+    pub node: Option<NodeName>,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// `spec.serviceAccountName`; empty means `default`.
+    pub service_account: String,
+    /// `spec.hostNetwork`.
+    pub host_network: bool,
+    /// Has the annotation `kubernetes.io/config.mirror`: a kubelet made it, with any labels it liked.
+    pub mirror: bool,
+    /// Phase Succeeded or Failed: it owns no address any more.
+    pub finished: bool,
+    /// `status.podIPs`; not used in stand-alone mode.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// A change in the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceEvent {
+    /// A Node appeared or changed.
+    NodeUpsert(Node),
+    /// A Node is gone.
+    NodeDelete(NodeName),
+    /// A Namespace appeared or changed.
+    NamespaceUpsert(Namespace),
+    /// A Namespace is gone.
+    NamespaceDelete(String),
+    /// A Pod appeared or changed.
+    PodUpsert(Pod),
+    /// A Pod is gone.
+    PodDelete {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// Everything that exists has been reported once. Nothing is published, and no recovered object is taken for
+    /// deleted, before that.
+    Synced,
+}
+
+/// One stream of one agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(pub u64);
+
+/// An event of an agent whose name and UID were authenticated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AgentEvent {
+    /// Hello.
+    Connected {
+        /// The new stream.
+        session: SessionId,
+        /// Authenticated name.
+        node: NodeName,
+        /// Authenticated UID.
+        uid: NodeUid,
+        /// What moves its packets.
+        datapath: Option<Datapath>,
+        /// (epoch, version) of the directory it has.
+        resume: (u64, u64),
+    },
+    /// The stream is gone.
+    Disconnected(SessionId),
+    /// The agent has proved possession of a key.
+    KeyProved {
+        /// Whose stream.
+        session: SessionId,
+        /// The key and its slot.
+        slot: SlotKey,
+    },
+    /// CNI ADD.
+    EndpointAdd {
+        /// Whose stream.
+        session: SessionId,
+        /// Comes back in the reply.
+        request_id: u64,
+        /// The pod.
+        pod: PodRef,
+        /// Its addresses.
+        addresses: Vec<IpAddr>,
+    },
+    /// CNI DEL.
+    EndpointDelete {
+        /// Whose stream.
+        session: SessionId,
+        /// The pod.
+        pod: PodRef,
+        /// The addresses it gives up; empty means all.
+        addresses: Vec<IpAddr>,
+    },
+    /// Everything up to here is in the node's device and maps.
+    Applied {
+        /// Whose stream.
+        session: SessionId,
+        /// Epoch.
+        epoch: u64,
+        /// Version within it.
+        version: u64,
+    },
+}
+
+/// Any input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// From the source.
+    Source(SourceEvent),
+    /// From an agent.
+    Agent(AgentEvent),
+}
+
+/// An entry of the directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Record {
+    /// A node.
+    Node(NodeRecord),
+    /// The labels of an identity.
+    Identity(IdentityId, Labels),
+    /// The owner of an address.
+    Workload(WorkloadRecord),
+}
+
+/// Names an entry of the directory.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum RecordKey {
+    /// A node.
+    Node(NodeName),
+    /// An identity.
+    Identity(IdentityId),
+    /// An address.
+    Workload(IpAddr),
+}
+
+/// A change of the directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Change {
+    /// New or changed entries.
+    pub upserts: Vec<Record>,
+    /// Removed ones.
+    pub removes: Vec<RecordKey>,
+}
+
+/// How an agent gets from what it has to what is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CatchUp {
+    /// Everything.
+    Snapshot,
+    /// Only this; the agent has the rest.
+    Increment(Change),
+}
+
+/// Why an endpoint is refused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EndpointError {
+    /// One sentence.
+    pub message: String,
+    /// The same request may succeed later.
+    pub retry: bool,
+}
+
+/// What the binary must do, in this order: an object must be persisted before what follows it is sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Output {
+    /// Write this object.
+    Persist(Object),
+    /// Send to every agent that has been caught up.
+    Publish {
+        /// The new version.
+        version: u64,
+        /// The difference to the version before; may be empty (a fresh signature).
+        change: Change,
+    },
+    /// Greet this agent and bring it to the version; it gets every later change.
+    CatchUp {
+        /// Which stream.
+        session: SessionId,
+        /// The node's name.
+        node: NodeName,
+        /// Version after it.
+        version: u64,
+        /// How.
+        from: CatchUp,
+    },
+    /// Answer to a proved key.
+    KeyResult {
+        /// Which stream.
+        session: SessionId,
+        /// Which key.
+        public_key: PublicKey,
+        /// Accepted, or the reason in one sentence.
+        result: Result<(), String>,
+    },
+    /// Answer to an endpoint.
+    EndpointResult {
+        /// Which stream.
+        session: SessionId,
+        /// Which request.
+        request_id: u64,
+        /// The pod's identity.
+        result: Result<IdentityId, EndpointError>,
+    },
+    /// End this stream.
+    Close {
+        /// Which stream.
+        session: SessionId,
+        /// One sentence.
+        reason: String,
+        /// Whether coming back at once makes sense.
+        retry: bool,
+    },
+}
