@@ -32,15 +32,15 @@ fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
     start(program, passed)
 }
 
-/// See `warren-cluster --help`. Only `up` builds anything.
+/// See `warren-cluster --help`. Only `up` builds anything else.
 pub(crate) fn cluster(passed: &Passed) -> Result<()> {
     if passed.arguments.first().is_some_and(|first| first == "up") {
         ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
-        run(cargo().arg("build"))?;
-        image::build()?;
-    } else {
-        run(cargo().args(["build", "--quiet", "-p", "warren-e2e", "--bin", "warren-cluster"]))?;
+        let kubernetes = ["lab-app", "pause", "coredns"].map(String::from);
+        let plain = passed.arguments.iter().any(|argument| argument == "--no-warren");
+        image::build(if plain { &kubernetes } else { &[] }, false)?;
     }
+    run(cargo().args(["build", "--quiet", "-p", "warren-e2e"]))?;
     start("warren-cluster", passed)
 }
 

@@ -279,8 +279,7 @@ fn test_files() -> Result<Vec<String>> {
 }
 
 fn kubernetes() -> Result<Count> {
-    build()?;
-    image::build()?;
+    image::build(&[], false)?;
     tests(cargo().args(["test", "-p", "warren-e2e", "--test", "kubernetes"]))
 }
 

@@ -7,7 +7,7 @@ mod oci;
 
 use std::{fs, path::Path};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use self::{files::Tree, oci::Image};
 use crate::{
@@ -22,51 +22,66 @@ pub(crate) struct Arguments {
     /// Optimised binaries.
     #[arg(long)]
     release: bool,
+    /// Only these images (mesh-agent, keyd, lab-app, pause, coredns).
+    #[arg(long)]
+    only: Vec<String>,
 }
+
+/// Makes an image's content from the folder of our binaries and that of the cache's.
+type Make = fn(&Path, &Path) -> Result<Image>;
+
+/// Every image: its archive's name, the package that its binaries come from, its content.
+const IMAGES: &[(&str, &[&str], Make)] = &[
+    (
+        "mesh-agent",
+        &["mesh-agent", "warren-cni", "warren"],
+        |ours, _| agent(ours),
+    ),
+    ("keyd", &["keyd", "warren"], |ours, _| keyd(ours)),
+    ("lab-app", &["warren-e2e"], |ours, _| app(ours)),
+    ("pause", &[], |_, cache| single(cache, "pause")),
+    ("coredns", &[], |_, cache| single(cache, "coredns")),
+];
 
 /// Builds the binaries and the images.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
-    let mut build = cargo();
-    build.args([
-        "build",
-        "-p",
-        "mesh-agent",
-        "-p",
-        "warren-cni",
-        "-p",
-        "keyd",
-        "-p",
-        "warren",
-    ]);
-    if arguments.release {
-        build.arg("--release");
+    build(&arguments.only, arguments.release)
+}
+
+/// Builds images, all of them if none is named; what they need must be set up.
+pub(crate) fn build(names: &[String], release: bool) -> Result<()> {
+    if let Some(wrong) = names
+        .iter()
+        .find(|name| !IMAGES.iter().any(|(known, ..)| known == name))
+    {
+        bail!("there is no image `{wrong}`: see `cargo xtask image --help`");
     }
-    execute(&mut build)?;
-    write(if arguments.release { "release" } else { "debug" })
-}
-
-/// Builds the images from the binaries in `target/debug`.
-pub(crate) fn build() -> Result<()> {
-    write("debug")
-}
-
-fn write(profile: &str) -> Result<()> {
+    let images: Vec<_> = IMAGES
+        .iter()
+        .filter(|(name, ..)| names.is_empty() || names.iter().any(|wanted| wanted == name))
+        .collect();
+    let mut packages: Vec<&str> = images
+        .iter()
+        .flat_map(|(_, packages, _)| *packages)
+        .copied()
+        .collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if !packages.is_empty() {
+        let mut build = cargo();
+        build.arg("build");
+        build.args(packages.iter().flat_map(|package| ["-p", package]));
+        build.args(release.then_some("--release"));
+        execute(&mut build)?;
+    }
     let directory = paths::images();
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let ours = paths::target().join(profile);
+    let ours = paths::target().join(if release { "release" } else { "debug" });
     let cache = paths::bin()?;
-    for (file, image) in [
-        ("mesh-agent", agent(&ours)?),
-        ("keyd", keyd(&ours)?),
-        ("lab-app", app(&ours)?),
-        ("pause", single("localhost/warren/pause:dev", &cache, "pause")?),
-        (
-            "coredns",
-            single("localhost/warren/coredns:dev", &cache, "coredns")?,
-        ),
-    ] {
-        let path = directory.join(format!("{file}.tar"));
+    for (name, _, make) in images {
+        let image = make(&ours, &cache)?;
+        let path = directory.join(format!("{name}.tar"));
         let size = image.write(&path)?;
         println!(
             "image: {} -> {} ({} MiB)",
@@ -127,11 +142,11 @@ fn app(ours: &Path) -> Result<Image> {
     })
 }
 
-fn single(name: &str, cache: &Path, program: &str) -> Result<Image> {
+fn single(cache: &Path, program: &str) -> Result<Image> {
     let mut tree = Tree::new();
     tree.program(&cache.join(program), program)?;
     Ok(Image {
-        name: name.into(),
+        name: format!("localhost/warren/{program}:dev"),
         entrypoint: vec![format!("/{program}")],
         tree,
     })
