@@ -7,7 +7,9 @@
 
 pub mod app;
 pub mod capture;
+pub mod cluster;
 pub mod demo;
 pub mod forge;
 pub mod inside;
 pub mod lab;
+pub mod scenario;

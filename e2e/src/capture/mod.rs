@@ -34,12 +34,14 @@ pub struct Counts {
     pub neighbour: u64,
     /// All the rest.
     pub other: u64,
+    /// Packets in clear by the bridge port where they left a node.
+    pub plaintext_by_port: BTreeMap<String, u64>,
     /// The first few packets in clear, a line each.
     pub plaintext_samples: Vec<String>,
 }
 
 impl Counts {
-    fn add(&mut self, class: Class, describe: impl FnOnce() -> String) {
+    fn add(&mut self, class: Class, port: &str, describe: impl FnOnce() -> String) {
         match class {
             Class::Encrypted => self.encrypted += 1,
             Class::Control => self.control += 1,
@@ -47,6 +49,7 @@ impl Counts {
             Class::Other => self.other += 1,
             Class::Plaintext => {
                 self.plaintext += 1;
+                *self.plaintext_by_port.entry(port.to_owned()).or_default() += 1;
                 if self.plaintext_samples.len() < 8 {
                     self.plaintext_samples.push(describe());
                 }
@@ -146,6 +149,8 @@ fn read(
         counts
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .add(class, || format!("{port}: {}", classify::describe(mesh, bytes)));
+            .add(class, port, || {
+                format!("{port}: {}", classify::describe(mesh, bytes))
+            });
     }
 }

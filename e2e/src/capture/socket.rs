@@ -106,18 +106,12 @@ pub struct Injector {
 impl Injector {
     /// Opens an interface of the namespaces of `place`.
     pub fn open(place: &Place, interface: &str) -> Result<Self> {
-        let text = place.run(["cat", &format!("/sys/class/net/{interface}/ifindex")]);
-        // A place that shares the machine's files has no /sys of its own: ask ip instead.
-        let index = match text.ok().and_then(|text| text.trim().parse().ok()) {
-            Some(index) if place.kinds.contains(&crate::inside::Kind::Mnt) => index,
-            _ => {
-                *interfaces(place)?
-                    .iter()
-                    .find(|(_, name)| name.as_str() == interface)
-                    .with_context(|| format!("{}: no interface {interface}", place.name))?
-                    .0
-            }
-        };
+        let interfaces = interfaces(place)?;
+        let index = interfaces
+            .iter()
+            .find(|(_, name)| name.as_str() == interface)
+            .map(|(index, _)| *index)
+            .with_context(|| format!("{}: no interface {interface}", place.name))?;
         Ok(Self {
             socket: packet_socket_raw(place, 0)?,
             interface: i32::try_from(index)?,

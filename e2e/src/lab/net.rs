@@ -75,7 +75,7 @@ pub fn shared_address(n: u8) -> DualStack {
 /// 12 becomes 0x12, so that addresses read alike in both families.
 fn decimal(n: u8) -> u16 {
     let n = u16::from(n);
-    (n / 100) << 8 | (n / 10 % 10) << 4 | n % 10
+    (n / 100) << 8 | (n / 10 % 10) << 4 | (n % 10)
 }
 
 fn v4(a: u8, b: u8, c: u8, length: u8) -> IpNet {
