@@ -45,18 +45,18 @@ pub use underlay::underlay;
 pub const READY: &str = "ready";
 
 /// Dies with the parent: nothing of the lab outlives what started it.
-fn die_with_parent() -> Result<()> {
+pub(crate) fn die_with_parent() -> Result<()> {
     set_pdeathsig(Signal::SIGKILL).context("cannot ask for a signal at the parent's death")
 }
 
 /// Mounts one file system.
-fn mount_fs(source: &str, target: &str, kind: &str, data: Option<&str>) -> Result<()> {
+pub(crate) fn mount_fs(source: &str, target: &str, kind: &str, data: Option<&str>) -> Result<()> {
     mount(Some(source), target, Some(kind), MsFlags::empty(), data)
         .with_context(|| format!("cannot mount {kind} on {target}"))
 }
 
 /// Shows one directory at another place.
-fn bind(source: &Path, target: &str) -> Result<()> {
+pub(crate) fn bind(source: &Path, target: &str) -> Result<()> {
     mount(
         Some(source),
         target,
@@ -68,7 +68,7 @@ fn bind(source: &Path, target: &str) -> Result<()> {
 }
 
 /// Cuts the mount namespace off from the machine's: no mount made here is seen outside.
-fn private_mounts() -> Result<()> {
+pub(crate) fn private_mounts() -> Result<()> {
     mount(
         None::<&str>,
         "/",
@@ -80,7 +80,7 @@ fn private_mounts() -> Result<()> {
 }
 
 /// Starts this very program with another subcommand; it inherits stdout for its `ready`.
-fn respawn(args: &[&str]) -> Result<Child> {
+pub(crate) fn respawn(args: &[&str]) -> Result<Child> {
     let exe = std::env::args_os().next().context("no program name")?;
     Command::new(&exe)
         .args(args)
@@ -90,7 +90,7 @@ fn respawn(args: &[&str]) -> Result<Child> {
 }
 
 /// Tells whoever waits on stdout that the namespace is ready.
-fn announce_ready() {
+pub(crate) fn announce_ready() {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
     // A reader that is gone is no reason to fail: the reaper decides about life and death.
@@ -106,7 +106,7 @@ fn hold_sigchld() -> Result<SigSet> {
 }
 
 /// A PID 1's only duty: collects orphans, for ever.
-fn reap_for_ever() -> Result<()> {
+pub(crate) fn reap_for_ever() -> Result<()> {
     let children = hold_sigchld()?;
     loop {
         loop {
@@ -121,7 +121,7 @@ fn reap_for_ever() -> Result<()> {
 }
 
 /// Writes a kernel setting of the caller's network namespace.
-fn sysctl(name: &str, value: &str) -> Result<()> {
+pub(crate) fn sysctl(name: &str, value: &str) -> Result<()> {
     std::fs::write(format!("/proc/sys/{name}"), value)
         .with_context(|| format!("cannot set {name} to {value}"))
 }

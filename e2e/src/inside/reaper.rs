@@ -53,6 +53,7 @@ pub fn reaper(args: &ReaperArgs) -> Result<()> {
     // Killing the pid namespace's PID 1 returns only after every process in it is gone.
     let _ = underlay.kill();
     let _ = underlay.wait();
+    crate::cluster::cgroup::remove(&args.id)?;
     remove(&args.dir, keep_logs?)
 }
 
