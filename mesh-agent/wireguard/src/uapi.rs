@@ -67,6 +67,16 @@ pub(crate) enum AllowedIpChange {
     Remove(IpNet),
 }
 
+impl AllowedIpChange {
+    /// The prefix, if it is given.
+    pub(crate) fn added(&self) -> Option<IpNet> {
+        match self {
+            Self::Add(prefix) => Some(*prefix),
+            Self::Remove(_) => None,
+        }
+    }
+}
+
 impl SetPeer {
     pub(crate) fn new(public_key: PublicKey) -> Self {
         Self {

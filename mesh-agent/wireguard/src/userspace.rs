@@ -35,7 +35,7 @@ pub struct EngineStats {
     pub sent_packets: u64,
     /// Packets opened, checked and written to the device.
     pub received_packets: u64,
-    /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::Drop`].
+    /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::DropReason`].
     pub drops: BTreeMap<String, u64>,
 }
 

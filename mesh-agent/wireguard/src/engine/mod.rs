@@ -4,8 +4,32 @@
 //! configures it (the agent, `wg`) does so again after a restart. It attaches to *persistent* TUN devices
 //! that somebody else created with [`TUN_FLAGS`], and creates a device that is absent. When the process dies
 //! the devices stay, and packets die in them: nothing leaves in clear.
+//!
+//! Threads: per device one that reads the TUN device and one per UDP socket (IPv4, IPv6), each running a packet
+//! to completion; one for timers; one that accepts per UNIX socket, and one per connection to it; one for signals;
+//! the main one attaches and lets go of devices. A panic in any of them ends the process, so that whoever supervises
+//! it starts it anew.
+//!
+//! Locks, in this order: the engine's devices, a device's configuration, a device's state (held for a lookup), a
+//! peer (held while a packet is sealed and sent, which keeps the order of packets).
+
+mod configure;
+mod control;
+mod device;
+mod drops;
+mod packet;
+mod peer;
+mod readers;
+mod supervisor;
+mod table;
+mod transport;
+mod tun;
+mod tunn;
+mod udp;
 
 use std::path::PathBuf;
+
+pub use self::{drops::DropReason, supervisor::run};
 
 /// The flags of a TUN device, for its creator and for the engine: `IFF_TUN | IFF_NO_PI`.
 ///
@@ -24,6 +48,25 @@ pub const DEFAULT_DEVICES: [&str; 3] = ["warren0", "warren1", "warren2"];
 /// `ping` | `list` | `attach NAME` | `detach NAME` | `stats NAME` | `rekey NAME`.
 pub const ENGINE_SOCKET: &str = "warren-engine.sock";
 
+/// Who speaks the WireGuard protocol.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Implementation {
+    /// `boringtun::noise::Tunn`.
+    #[default]
+    Boringtun,
+}
+
+impl std::str::FromStr for Implementation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "boringtun" => Ok(Self::Boringtun),
+            _ => Err(format!("unknown engine {text:?}; the only one is boringtun")),
+        }
+    }
+}
+
 /// How the engine is run.
 #[derive(Debug, Clone)]
 pub struct EngineConfig {
@@ -32,6 +75,8 @@ pub struct EngineConfig {
     pub run_dir: PathBuf,
     /// Devices to attach to as soon as they exist; others by the control request `attach NAME`.
     pub devices: Vec<String>,
+    /// Who speaks the protocol.
+    pub implementation: Implementation,
 }
 
 impl Default for EngineConfig {
@@ -39,6 +84,7 @@ impl Default for EngineConfig {
         Self {
             run_dir: "/run/wireguard".into(),
             devices: DEFAULT_DEVICES.map(String::from).to_vec(),
+            implementation: Implementation::default(),
         }
     }
 }

@@ -1,0 +1,257 @@
+//! One device: its peers, keys and sockets, and the way of a packet through it.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Instant,
+};
+
+use warren_model::{PrivateKey, PublicKey};
+
+use super::{
+    Implementation,
+    drops::{Counters, DropReason},
+    packet,
+    peer::{self, Path, Peer},
+    readers::Readers,
+    table::Table,
+    transport::{Admission, Identity},
+    tun::Tun,
+    udp::Sockets,
+};
+
+/// The MTU to pad to until the link's is known: what WireGuard devices are created with.
+const USUAL_MTU: usize = 1420;
+
+pub(super) struct Device {
+    pub(super) name: String,
+    pub(super) implementation: Implementation,
+    pub(super) tun: Tun,
+    pub(super) counters: Counters,
+    mtu: AtomicUsize,
+    state: RwLock<State>,
+    /// Held through a whole configuration request, so that requests do not mix; and the threads of the sockets.
+    readers: Mutex<Readers>,
+    /// Let go of: nothing is configured any more.
+    closed: AtomicBool,
+}
+
+/// What configuration requests change. Held only for a moment: packets wait for it.
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) key: Option<Key>,
+    pub(super) fwmark: u32,
+    pub(super) sockets: Option<Arc<Sockets>>,
+    pub(super) peers: HashMap<PublicKey, Arc<Peer>>,
+    /// By [`Peer::index`].
+    pub(super) indices: HashMap<u32, Arc<Peer>>,
+    pub(super) owners: Table<Arc<Peer>>,
+}
+
+/// The device's private key and what works with it.
+pub(super) struct Key {
+    pub(super) private: PrivateKey,
+    pub(super) public: Option<PublicKey>,
+    pub(super) identity: Arc<dyn Identity>,
+}
+
+/// The buffers of a thread.
+pub(super) struct Buffers {
+    /// For what is being sent.
+    out: Box<[u8]>,
+    /// For what was received.
+    packet: Box<[u8]>,
+}
+
+impl Buffers {
+    pub(super) fn new() -> Self {
+        Self {
+            out: peer::buffer(),
+            packet: peer::buffer(),
+        }
+    }
+}
+
+impl State {
+    pub(super) fn identity(&self) -> Option<&dyn Identity> {
+        self.key.as_ref().map(|key| key.identity.as_ref())
+    }
+}
+
+impl Device {
+    pub(super) fn open(name: &str, implementation: Implementation) -> io::Result<Self> {
+        let tun = Tun::open(name)?;
+        Ok(Self {
+            name: name.into(),
+            implementation,
+            mtu: AtomicUsize::new(tun.mtu().unwrap_or(USUAL_MTU)),
+            tun,
+            counters: Counters::default(),
+            state: RwLock::default(),
+            readers: Mutex::default(),
+            closed: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The right to change the configuration; `ENODEV` once the device was let go of.
+    pub(super) fn configure(&self) -> io::Result<MutexGuard<'_, Readers>> {
+        let readers = self.readers.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.closed.load(Ordering::Relaxed) {
+            false => Ok(readers),
+            true => Err(io::Error::from_raw_os_error(libc::ENODEV)),
+        }
+    }
+
+    /// Forgets keys and peers and ends the threads of the sockets.
+    pub(super) fn close(&self) {
+        let Ok(mut readers) = self.configure() else { return };
+        self.closed.store(true, Ordering::Relaxed);
+        let old = {
+            let mut state = self.write();
+            for peer in state.peers.values() {
+                peer.retire();
+            }
+            std::mem::take(&mut *state)
+        };
+        std::mem::take(&mut *readers).stop();
+        drop(old);
+    }
+
+    pub(super) fn path<'a>(&'a self, sockets: &'a Option<Arc<Sockets>>) -> Path<'a> {
+        Path {
+            sockets: sockets.as_deref(),
+            counters: &self.counters,
+        }
+    }
+
+    /// A packet of `len` bytes from the TUN device, at the beginning of `packet`.
+    pub(super) fn outgoing(&self, packet: &mut [u8], len: usize, buffers: &mut Buffers) {
+        let Some(destination) = packet::destination(&packet[..len]) else {
+            return self.counters.drop(DropReason::NotIp);
+        };
+        let (peer, sockets) = {
+            let state = self.read();
+            let Some(peer) = state.owners.owner(destination) else {
+                return self.counters.drop(DropReason::NoPeer);
+            };
+            (Arc::clone(peer), state.sockets.clone())
+        };
+        let padded = packet::padded(len, self.mtu.load(Ordering::Relaxed));
+        packet[len..padded].fill(0);
+        peer.send(&packet[..padded], self.path(&sockets), &mut buffers.out);
+    }
+
+    /// A datagram from the network.
+    pub(super) fn incoming(&self, datagram: &[u8], from: SocketAddr, buffers: &mut Buffers) {
+        let (identity, sockets) = {
+            let state = self.read();
+            let Some(key) = &state.key else {
+                return self.counters.drop(DropReason::NoKey);
+            };
+            (Arc::clone(&key.identity), state.sockets.clone())
+        };
+        let peer = match identity.admit(from.ip(), datagram, &mut buffers.out) {
+            Admission::Initiation(key) => self
+                .read()
+                .peers
+                .get(&key)
+                .cloned()
+                .ok_or(DropReason::UnknownPeer),
+            Admission::Index(index) => self
+                .read()
+                .indices
+                .get(&index)
+                .cloned()
+                .ok_or(DropReason::UnknownIndex),
+            Admission::Refused(reason) => Err(reason),
+            Admission::Cookie(len) => {
+                if let Some(sockets) = &sockets {
+                    // Lost like any datagram: the other end asks again.
+                    let _ = sockets.send(&buffers.out[..len], from);
+                }
+                Err(DropReason::UnderLoad)
+            }
+        };
+        let peer = match peer {
+            Ok(peer) => peer,
+            Err(reason) => return self.counters.drop(reason),
+        };
+        let path = self.path(&sockets);
+        if let Some(len) = peer.receive(datagram, from, path, &mut buffers.packet, &mut buffers.out) {
+            self.deliver(&peer, &buffers.packet[..len]);
+        }
+    }
+
+    /// Hands a decrypted packet to the TUN device, if its source is the sender's (P3): the most specific owner
+    /// over all peers of the device, not just the sender's own prefixes.
+    fn deliver(&self, sender: &Arc<Peer>, packet: &[u8]) {
+        let owned = packet::source(packet).is_some_and(|source| {
+            self.read()
+                .owners
+                .owner(source)
+                .is_some_and(|owner| Arc::ptr_eq(owner, sender))
+        });
+        if !owned {
+            return self.counters.drop(DropReason::SourceNotOwned);
+        }
+        match self.tun.write(packet) {
+            Ok(()) => {
+                self.counters.received.fetch_add(1, Ordering::Relaxed);
+            }
+            // EIO while the link is down; the reader finds out whether the device is gone.
+            Err(_) => self.counters.drop(DropReason::DeviceDown),
+        }
+    }
+
+    /// Runs the timers of all peers.
+    pub(super) fn tick(&self, now: Instant, out: &mut [u8]) {
+        let (peers, sockets) = {
+            let state = self.read();
+            if let Some(identity) = state.identity() {
+                identity.tick();
+            }
+            (
+                state.peers.values().cloned().collect::<Vec<_>>(),
+                state.sockets.clone(),
+            )
+        };
+        for peer in peers {
+            peer.tick(now, self.path(&sockets), out);
+        }
+    }
+
+    /// Follows the link's MTU.
+    pub(super) fn refresh_mtu(&self) {
+        if let Ok(mtu) = self.tun.mtu() {
+            self.mtu.store(mtu, Ordering::Relaxed);
+        }
+    }
+
+    /// Begins a handshake with every peer whose endpoint is known.
+    pub(super) fn rekey(&self) {
+        let (peers, sockets) = {
+            let state = self.read();
+            (
+                state.peers.values().cloned().collect::<Vec<_>>(),
+                state.sockets.clone(),
+            )
+        };
+        let mut out = peer::buffer();
+        for peer in peers {
+            peer.rekey(self.path(&sockets), &mut out);
+        }
+    }
+}

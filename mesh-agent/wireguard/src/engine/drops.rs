@@ -1,0 +1,112 @@
+//! Why packets were dropped, and how many (P9).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! reasons {
+    ($($(#[$doc:meta])+ $variant:ident => $name:literal,)+) => {
+        /// Why the engine dropped a packet or refused a message. The name is what statistics print.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum DropReason {
+            $($(#[$doc])+ $variant,)+
+        }
+
+        impl DropReason {
+            /// Every reason.
+            pub const ALL: &[DropReason] = &[$(DropReason::$variant,)+];
+
+            /// The name in statistics.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(DropReason::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// Outgoing: not an IPv4 or IPv6 packet.
+    NotIp => "not_ip",
+    /// Outgoing: no peer owns the destination.
+    NoPeer => "no_peer",
+    /// Outgoing: the device has no private key, or the peer was removed meanwhile.
+    NoKey => "no_key",
+    /// Outgoing: the peer's address is not known.
+    NoEndpoint => "no_endpoint",
+    /// Outgoing: too many packets wait for a handshake; the oldest is dropped.
+    QueueFull => "queue_full",
+    /// Outgoing: packets waited for a handshake that never came.
+    HandshakeTimeout => "handshake_timeout",
+    /// Outgoing: the network refused the datagram.
+    SendFailed => "send_failed",
+    /// Incoming: not a WireGuard message, or its first authenticator is wrong.
+    Malformed => "malformed",
+    /// Incoming: a handshake from a key that is no peer of this device.
+    UnknownPeer => "unknown_peer",
+    /// Incoming: a message for no peer of this device.
+    UnknownIndex => "unknown_index",
+    /// Incoming: data for a session that has ended.
+    NoSession => "no_session",
+    /// Incoming: a handshake message that is replayed, not expected or not authentic.
+    HandshakeRefused => "handshake_refused",
+    /// Incoming: a handshake answered with a cookie because of too many.
+    UnderLoad => "under_load",
+    /// Incoming: data that does not authenticate.
+    NotAuthentic => "not_authentic",
+    /// Incoming: data seen before, or too old to tell.
+    Replayed => "replayed",
+    /// Incoming: the decrypted content is not one whole IPv4 or IPv6 packet.
+    InnerMalformed => "inner_malformed",
+    /// Incoming: the most specific owner of the inner source is not the peer that sent it (P3).
+    SourceNotOwned => "source_not_owned",
+    /// Incoming: the device took no packet; its link is down.
+    DeviceDown => "device_down",
+    /// A defect of the engine.
+    Internal => "internal",
+}
+
+/// What a device counts.
+#[derive(Debug, Default)]
+pub(super) struct Counters {
+    pub(super) handshakes: AtomicU64,
+    pub(super) sent: AtomicU64,
+    pub(super) received: AtomicU64,
+    drops: [AtomicU64; DropReason::ALL.len()],
+}
+
+impl Counters {
+    pub(super) fn drop(&self, reason: DropReason) {
+        self.drop_many(reason, 1);
+    }
+
+    pub(super) fn drop_many(&self, reason: DropReason, count: u64) {
+        self.drops[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Names and counts of every reason.
+    pub(super) fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        DropReason::ALL.iter().map(|reason| {
+            (
+                reason.name(),
+                self.drops[*reason as usize].load(Ordering::Relaxed),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_a_counter_and_a_name_of_its_own() {
+        let counters = Counters::default();
+        for (place, reason) in DropReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, place);
+            counters.drop(*reason);
+        }
+        let names: std::collections::BTreeSet<_> = counters.drops().map(|(name, _)| name).collect();
+        assert_eq!(names.len(), DropReason::ALL.len());
+        assert!(counters.drops().all(|(_, count)| count == 1));
+    }
+}

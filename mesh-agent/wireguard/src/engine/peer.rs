@@ -1,0 +1,335 @@
+//! One peer: its transport, where it is, and the packets that wait for a handshake.
+
+use std::{
+    collections::VecDeque,
+    net::SocketAddr,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use warren_model::PublicKey;
+
+use super::{
+    drops::{Counters, DropReason},
+    transport::{Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, Tick, Transport},
+    udp::Sockets,
+};
+use crate::uapi::PresharedKey;
+
+/// Packets that may wait for a handshake.
+const QUEUE: usize = 256;
+
+/// Bytes of the largest packet that a device or the network can hand over, with room for what is added to it.
+pub(super) const BUFFER: usize = 65_535 + 16 + OVERHEAD;
+
+const _: () = assert!(BUFFER > LARGEST_HANDSHAKE);
+
+/// A buffer for messages that are being made.
+pub(super) fn buffer() -> Box<[u8]> {
+    vec![0; BUFFER].into_boxed_slice()
+}
+
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) key: PublicKey,
+    /// 24 random bits, unique on the device: names the peer in messages to us.
+    pub(super) index: u32,
+    received: AtomicU64,
+    sent: AtomicU64,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    /// `None` while the device has no key, and for ever once the peer was removed.
+    transport: Option<Box<dyn Transport>>,
+    preshared_key: Option<PresharedKey>,
+    endpoint: Option<SocketAddr>,
+    keepalive_seconds: u16,
+    queue: VecDeque<Vec<u8>>,
+    /// When the peer was last sent to or authentically heard from.
+    last_traffic: Instant,
+    last_handshake: Option<SystemTime>,
+    handshakes: u64,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where a device's messages go, and what counts them.
+#[derive(Clone, Copy)]
+pub(super) struct Path<'a> {
+    pub(super) sockets: Option<&'a Sockets>,
+    pub(super) counters: &'a Counters,
+}
+
+/// A peer's settings and figures.
+pub(super) struct PeerView {
+    pub(super) preshared_key: Option<PresharedKey>,
+    pub(super) endpoint: Option<SocketAddr>,
+    pub(super) keepalive_seconds: u16,
+    pub(super) last_handshake: Option<SystemTime>,
+    pub(super) received: u64,
+    pub(super) sent: u64,
+}
+
+/// What a configuration request changes of a peer.
+#[derive(Default)]
+pub(super) struct PeerChange {
+    pub(super) preshared_key: Option<Option<PresharedKey>>,
+    pub(super) endpoint: Option<SocketAddr>,
+    pub(super) keepalive_seconds: Option<u16>,
+}
+
+impl Peer {
+    pub(super) fn new(key: PublicKey, index: u32, identity: Option<&dyn Identity>) -> Self {
+        let inner = Inner {
+            transport: identity.map(|identity| identity.transport(&key, None, index)),
+            preshared_key: None,
+            endpoint: None,
+            keepalive_seconds: 0,
+            queue: VecDeque::new(),
+            last_traffic: Instant::now(),
+            last_handshake: None,
+            handshakes: 0,
+        };
+        Self {
+            key,
+            index,
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            inner: Mutex::new(inner),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn view(&self) -> PeerView {
+        let inner = self.lock();
+        PeerView {
+            preshared_key: inner.preshared_key.clone(),
+            endpoint: inner.endpoint,
+            keepalive_seconds: inner.keepalive_seconds,
+            last_handshake: inner.last_handshake,
+            received: self.received.load(Ordering::Relaxed),
+            sent: self.sent.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Changes settings. Whether the peer's handshake should begin anew, since it may now be answered.
+    pub(super) fn change(&self, change: PeerChange, identity: Option<&dyn Identity>) -> bool {
+        let mut inner = self.lock();
+        let mut anew = false;
+        if let Some(preshared_key) = change.preshared_key
+            && preshared_key != inner.preshared_key
+        {
+            inner.preshared_key = preshared_key;
+            self.renew(&mut inner, identity);
+            anew = true;
+        }
+        if let Some(endpoint) = change.endpoint {
+            anew |= inner.endpoint != Some(endpoint);
+            inner.endpoint = Some(endpoint);
+        }
+        if let Some(seconds) = change.keepalive_seconds {
+            inner.keepalive_seconds = seconds;
+        }
+        anew
+    }
+
+    /// Forgets all sessions; new ones are of this identity.
+    pub(super) fn set_identity(&self, identity: Option<&dyn Identity>) {
+        let mut inner = self.lock();
+        self.renew(&mut inner, identity);
+    }
+
+    fn renew(&self, inner: &mut Inner, identity: Option<&dyn Identity>) {
+        inner.transport =
+            identity.map(|identity| identity.transport(&self.key, inner.preshared_key.as_ref(), self.index));
+        inner.handshakes = 0;
+    }
+
+    /// Ends the peer: whoever still holds it sends and receives nothing with it.
+    pub(super) fn retire(&self) {
+        let mut inner = self.lock();
+        inner.transport = None;
+        inner.preshared_key = None;
+        inner.queue.clear();
+    }
+
+    /// Begins a handshake where one is wanted: packets wait, or there is a keepalive interval. `anew` does so even
+    /// when one is in progress.
+    pub(super) fn wake(&self, anew: bool, path: Path<'_>, out: &mut [u8]) {
+        let inner = &mut *self.lock();
+        let wanted = inner.keepalive_seconds > 0 || !inner.queue.is_empty();
+        if wanted
+            && inner
+                .transport
+                .as_ref()
+                .is_some_and(|transport| !transport.ready())
+        {
+            self.initiate(inner, anew, path, out);
+        }
+    }
+
+    /// Begins a handshake whether or not there is a session.
+    pub(super) fn rekey(&self, path: Path<'_>, out: &mut [u8]) {
+        self.initiate(&mut self.lock(), false, path, out);
+    }
+
+    fn initiate(&self, inner: &mut Inner, force: bool, path: Path<'_>, out: &mut [u8]) {
+        if inner.endpoint.is_some()
+            && let Some(transport) = &mut inner.transport
+        {
+            let len = transport.initiate(force, out);
+            self.transmit(inner, &out[..len], path);
+        }
+    }
+
+    /// Seals a packet and sends it, or keeps it until there is a session.
+    pub(super) fn send(&self, packet: &[u8], path: Path<'_>, out: &mut [u8]) {
+        let inner = &mut *self.lock();
+        let Some(transport) = &mut inner.transport else {
+            return path.counters.drop(DropReason::NoKey);
+        };
+        if inner.endpoint.is_none() {
+            return path.counters.drop(DropReason::NoEndpoint);
+        }
+        if transport.ready() {
+            let len = transport.seal(packet, out);
+            if self.transmit(inner, &out[..len], path) {
+                path.counters.sent.fetch_add(1, Ordering::Relaxed);
+            }
+            return;
+        }
+        if inner.queue.len() >= QUEUE {
+            inner.queue.pop_front();
+            path.counters.drop(DropReason::QueueFull);
+        }
+        inner.queue.push_back(packet.to_vec());
+        self.initiate(inner, false, path, out);
+    }
+
+    /// Takes a message of the network. The length of the packet it held, at the beginning of `packet`.
+    pub(super) fn receive(
+        &self,
+        datagram: &[u8],
+        from: SocketAddr,
+        path: Path<'_>,
+        packet: &mut [u8],
+        out: &mut [u8],
+    ) -> Option<usize> {
+        let inner = &mut *self.lock();
+        let Some(transport) = &mut inner.transport else {
+            path.counters.drop(DropReason::NoKey);
+            return None;
+        };
+        let opened = match transport.open(datagram, packet) {
+            Ok(opened) => opened,
+            Err(reason) => {
+                path.counters.drop(reason);
+                return None;
+            }
+        };
+        if opened == Opened::Cookie {
+            return None;
+        }
+        // Authentic: this is where the peer is now.
+        inner.endpoint = Some(from);
+        inner.last_traffic = Instant::now();
+        self.received.fetch_add(datagram.len() as u64, Ordering::Relaxed);
+        if transport.handshakes() != inner.handshakes {
+            inner.handshakes = transport.handshakes();
+            inner.last_handshake = Some(SystemTime::now());
+            path.counters.handshakes.fetch_add(1, Ordering::Relaxed);
+        }
+        if let Opened::Reply(len) = opened {
+            self.transmit(inner, &packet[..len], path);
+        }
+        self.flush(inner, path, out);
+        match opened {
+            Opened::Packet(len) => Some(len),
+            Opened::Keepalive | Opened::Reply(_) | Opened::Cookie => None,
+        }
+    }
+
+    /// Sends what waited, in order.
+    fn flush(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
+        while let Some(transport) = inner.transport.as_mut().filter(|transport| transport.ready()) {
+            let Some(packet) = inner.queue.pop_front() else {
+                return;
+            };
+            let len = transport.seal(&packet, out);
+            if self.transmit(inner, &out[..len], path) {
+                path.counters.sent.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Runs the timers.
+    pub(super) fn tick(&self, now: Instant, path: Path<'_>, out: &mut [u8]) {
+        let inner = &mut *self.lock();
+        let Some(transport) = &mut inner.transport else {
+            return;
+        };
+        match transport.tick(out) {
+            Tick::Idle => {}
+            Tick::Send(len) => {
+                if inner.endpoint.is_some() {
+                    self.transmit(inner, &out[..len], path);
+                }
+            }
+            Tick::Expired => {
+                path.counters
+                    .drop_many(DropReason::HandshakeTimeout, inner.queue.len() as u64);
+                inner.queue.clear();
+            }
+        }
+        let interval = Duration::from_secs(inner.keepalive_seconds.into());
+        if !interval.is_zero() && now.saturating_duration_since(inner.last_traffic) >= interval {
+            inner.last_traffic = now;
+            self.keep_alive(inner, path, out);
+        }
+    }
+
+    fn keep_alive(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
+        match &mut inner.transport {
+            Some(transport) if transport.ready() && inner.endpoint.is_some() => {
+                let len = transport.seal(&[], out);
+                self.transmit(inner, &out[..len], path);
+            }
+            _ => self.initiate(inner, false, path, out),
+        }
+    }
+
+    /// Sends a message to where the peer is. Whether it left.
+    fn transmit(&self, inner: &mut Inner, message: &[u8], path: Path<'_>) -> bool {
+        if message.is_empty() {
+            return false;
+        }
+        let (Some(endpoint), Some(sockets)) = (inner.endpoint, path.sockets) else {
+            path.counters.drop(DropReason::NoEndpoint);
+            return false;
+        };
+        match sockets.send(message, endpoint) {
+            Ok(()) => {
+                inner.last_traffic = Instant::now();
+                self.sent.fetch_add(message.len() as u64, Ordering::Relaxed);
+                true
+            }
+            Err(_) => {
+                path.counters.drop(DropReason::SendFailed);
+                false
+            }
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! The threads that read a device's TUN device and sockets.
+
+use std::{
+    io,
+    net::UdpSocket,
+    os::fd::{AsFd, BorrowedFd},
+    os::unix::net::UnixStream,
+    sync::Arc,
+    thread::JoinHandle,
+};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{
+    device::{Buffers, Device},
+    peer,
+    udp::Sockets,
+};
+
+/// The threads that read a device's sockets.
+#[derive(Default)]
+pub(super) struct Readers(Vec<Reader>);
+
+/// A thread that ends when this is stopped or dropped.
+pub(super) struct Reader {
+    /// The other end reads end-of-file when this is closed.
+    stop: UnixStream,
+    thread: JoinHandle<()>,
+}
+
+impl Reader {
+    /// Runs `body` with a descriptor that becomes readable when it shall end.
+    pub(super) fn start(name: &str, body: impl FnOnce(UnixStream) + Send + 'static) -> io::Result<Self> {
+        let (stop, stopped) = UnixStream::pair()?;
+        // The kernel cuts thread names at 15 bytes.
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || body(stopped))?;
+        Ok(Self { stop, thread })
+    }
+
+    pub(super) fn stop(self) {
+        drop(self.stop);
+        // It ended either way: a thread that panics ends the process.
+        let _ = self.thread.join();
+    }
+}
+
+impl Readers {
+    /// Starts to read sockets.
+    pub(super) fn start(device: &Arc<Device>, sockets: &Sockets) -> io::Result<Self> {
+        let mut readers = Self::default();
+        for socket in sockets.each() {
+            let (device, socket) = (Arc::clone(device), Arc::clone(socket));
+            let name = format!("{}-udp", device.name);
+            readers.0.push(Reader::start(&name, move |stop| {
+                read_socket(&device, &socket, &stop)
+            })?);
+        }
+        Ok(readers)
+    }
+
+    /// Waits for the threads to end. Must not be called with the device's state locked.
+    pub(super) fn stop(self) {
+        for reader in self.0 {
+            reader.stop();
+        }
+    }
+}
+
+fn read_socket(device: &Device, socket: &UdpSocket, stop: &UnixStream) {
+    let mut buffers = Buffers::new();
+    let mut datagram = peer::buffer();
+    loop {
+        match socket.recv_from(&mut datagram) {
+            Ok((len, from)) => device.incoming(&datagram[..len], from, &mut buffers),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if !wait(socket.as_fd(), stop) {
+                    return;
+                }
+            }
+            // Errors of earlier sends (ICMP) are reported once and mean nothing here.
+            Err(_) => {}
+        }
+    }
+}
+
+/// Reads the TUN device until it is gone or the thread is stopped. Whether it is gone.
+pub(super) fn read_tun(device: &Device, stop: &UnixStream) -> bool {
+    let mut buffers = Buffers::new();
+    let mut packet = peer::buffer();
+    // Room for padding stays behind the largest packet.
+    let room = packet.len() - 16;
+    loop {
+        match device.tun.read(&mut packet[..room]) {
+            Ok(len) => device.outgoing(&mut packet, len, &mut buffers),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if !wait(device.tun.as_fd(), stop) {
+                    return false;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // EBADFD: the link was deleted. EIO and the rest: no packet will ever come again.
+            Err(_) => return true,
+        }
+    }
+}
+
+/// Waits until there is something to read. Whether to go on.
+fn wait(fd: BorrowedFd<'_>, stop: &UnixStream) -> bool {
+    let mut fds = [
+        PollFd::new(fd, PollFlags::POLLIN),
+        PollFd::new(stop.as_fd(), PollFlags::POLLIN),
+    ];
+    loop {
+        match poll(&mut fds, PollTimeout::NONE) {
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(_) => return false,
+            Ok(_) => return fds[1].revents().is_none_or(|events| events.is_empty()),
+        }
+    }
+}

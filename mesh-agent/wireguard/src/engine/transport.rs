@@ -1,0 +1,93 @@
+//! What the engine asks of a WireGuard protocol implementation: no sockets, no devices, no peers' addresses.
+//!
+//! Messages are written to the beginning of `out`, and their length is returned. `out` must hold the input
+//! plus [`OVERHEAD`] bytes, and [`LARGEST_HANDSHAKE`] bytes at least.
+
+use std::net::IpAddr;
+
+use warren_model::PublicKey;
+
+use super::drops::DropReason;
+use crate::uapi::PresharedKey;
+
+/// Bytes that sealing adds to a packet: type, index, counter, tag.
+pub(super) const OVERHEAD: usize = 32;
+
+/// Bytes of a handshake initiation, the largest message that is not data.
+pub(super) const LARGEST_HANDSHAKE: usize = 148;
+
+/// A device's key: decides which messages are looked at, and makes the peers' transports.
+pub(super) trait Identity: Send + Sync {
+    /// Judges a datagram before any peer is involved. Never costs more than one Diffie-Hellman operation, and
+    /// none for messages that do not know this device's public key.
+    fn admit(&self, from: IpAddr, datagram: &[u8], out: &mut [u8]) -> Admission;
+
+    /// A transport for a peer. `index` (24 bits) names it in messages: see [`Admission::Index`].
+    fn transport(
+        &self,
+        peer: &PublicKey,
+        preshared_key: Option<&PresharedKey>,
+        index: u32,
+    ) -> Box<dyn Transport>;
+
+    /// To be called every second or more often.
+    fn tick(&self);
+}
+
+/// What to do with a datagram.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// A handshake of whoever owns this key; not authenticated yet.
+    Initiation(PublicKey),
+    /// For the transport of this index; not authenticated yet.
+    Index(u32),
+    /// Too many handshakes: send back this many bytes of `out`.
+    Cookie(usize),
+    /// Nothing.
+    Refused(DropReason),
+}
+
+/// One peer's handshake and session state.
+pub(super) trait Transport: Send {
+    /// Whether a packet can be sealed now.
+    fn ready(&self) -> bool;
+
+    /// Handshakes completed so far, in either role.
+    fn handshakes(&self) -> u64;
+
+    /// Seals a packet, or a keepalive when it is empty. 0 when there is no session.
+    fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> usize;
+
+    /// Begins a handshake. 0 when one is in progress already and `force` is not given.
+    fn initiate(&mut self, force: bool, out: &mut [u8]) -> usize;
+
+    /// Takes a message of the network, at most `out.len()` bytes.
+    fn open(&mut self, datagram: &[u8], out: &mut [u8]) -> Result<Opened, DropReason>;
+
+    /// Runs the timers. To be called several times a second.
+    fn tick(&mut self, out: &mut [u8]) -> Tick;
+}
+
+/// What a message of the network was.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Opened {
+    /// An authentic packet of this many bytes.
+    Packet(usize),
+    /// Authentic, without content.
+    Keepalive,
+    /// An authentic handshake message; send back this many bytes.
+    Reply(usize),
+    /// A cookie for the next handshake. Says nothing about who sent it.
+    Cookie,
+}
+
+/// What timers ask for.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Tick {
+    /// Nothing.
+    Idle,
+    /// Send this many bytes.
+    Send(usize),
+    /// The peer did not answer for a long time: packets that wait for it are dropped.
+    Expired,
+}
