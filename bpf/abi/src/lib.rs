@@ -10,7 +10,7 @@ mod mark;
 mod reason;
 
 pub use map::{
-    DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, PathValue, SettingsValue,
+    DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, PathValue, RoleTag, SettingsValue,
     TraceValue, limits, names,
 };
 pub use mark::{MarkCodec, Provenance, TUNNEL_MARK};

@@ -12,7 +12,7 @@ pub mod names {
     pub const DEVICES: &str = "DEVICES";
     /// Hash, ifindex to [`EndpointValue`](crate::EndpointValue).
     pub const ENDPOINTS: &str = "ENDPOINTS";
-    /// Array, endpoint index to identity.
+    /// Hash, encoded endpoint mark to identity.
     pub const IDENTITIES: &str = "IDENTITIES";
     /// LPM trie, IPv4 prefix to [`OwnerValue`](crate::OwnerValue).
     pub const OWNERS4: &str = "OWNERS4";
@@ -53,7 +53,7 @@ pub mod names {
 
 /// How much the maps hold.
 pub mod limits {
-    /// Tunnel and barrier devices.
+    /// Devices with programs.
     pub const DEVICES: u32 = 16_384;
     /// Pods of this node: as many as the mark can name.
     pub const ENDPOINTS: u32 = 4_096;
@@ -87,18 +87,42 @@ pub struct SettingsValue {
     pub encryption: u32,
 }
 
-/// A device of the roles tunnel and barrier.
+/// A device that the loader attached programs to.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceValue {
     /// Bytes before the IP header: 14 (Ethernet) or 0.
     pub l2_length: u8,
-    /// Tunnel: bit of its slot. Barrier: 0.
+    /// Tunnel: bit of its slot. Others: 0.
     pub slot_bit: u8,
     /// Tunnel: number of its slot.
     pub slot: u8,
-    /// Zero.
-    pub padding: u8,
+    /// [`RoleTag`] as a number.
+    pub role: u8,
+}
+
+/// Roles of devices as numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum RoleTag {
+    /// Host end of a pod's veth.
+    Pod = 1,
+    /// WireGuard device.
+    Tunnel = 2,
+    /// Any other device.
+    Barrier = 3,
+}
+
+impl RoleTag {
+    /// The role of a number.
+    pub const fn parse(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::Pod),
+            2 => Some(Self::Tunnel),
+            3 => Some(Self::Barrier),
+            _ => None,
+        }
+    }
 }
 
 /// A pod, by the ifindex of its host veth.

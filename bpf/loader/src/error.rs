@@ -6,7 +6,9 @@ use std::{io, path::PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The pin directory is not on a bpffs.
-    #[error("{0} is not on a bpffs: mount one (mount -t bpf bpf /sys/fs/bpf) or name another --bpffs directory")]
+    #[error(
+        "{0} is not on a bpffs: mount one (mount -t bpf bpf /sys/fs/bpf) or name another --bpffs directory"
+    )]
     NotBpffs(PathBuf),
     /// A file or directory could not be used.
     #[error("{path}: {source}")]

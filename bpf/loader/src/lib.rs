@@ -3,11 +3,22 @@
 //! This crate may not know the directory, WireGuard or routes. Nothing is removed at exit: programs and maps
 //! keep running with the agent stopped, and the next agent adopts them.
 
+mod attach;
+mod btf;
+mod clsact;
+mod convert;
 mod datapath;
 mod error;
+mod maps;
+mod netlink;
+mod programs;
+mod sys;
+mod trace;
 mod types;
 
 pub use datapath::Datapath;
 pub use error::Error;
-pub use types::{AttachMode, Attachment, Config, DropCount, Endpoint, NodeAddress, Owner, OwnerKind, Path, Role};
+pub use types::{
+    AttachMode, Attachment, Config, DropCount, Endpoint, NodeAddress, Owner, OwnerKind, Path, Role,
+};
 pub use warren_abi::{MAX_ENDPOINT_ADDRESSES, MAX_ENDPOINT_INDEX};

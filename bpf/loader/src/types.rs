@@ -1,9 +1,6 @@
 //! What the agent says to the datapath.
 
-use std::{
-    net::IpAddr,
-    path::PathBuf,
-};
+use std::{net::IpAddr, path::PathBuf};
 
 use ipnet::IpNet;
 

@@ -69,7 +69,7 @@ impl World {
                     l2_length,
                     slot_bit: 1 << slot,
                     slot,
-                    padding: 0,
+                    role: 0,
                 },
             );
         }

@@ -1,0 +1,103 @@
+//! The loaded programs.
+
+use std::{os::fd::BorrowedFd, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    programs::{RawTracePoint, SchedClassifier},
+};
+use warren_abi::names;
+
+use crate::{
+    Error, Role,
+    sys::{self, Direction, ProgramInfo},
+};
+
+/// The object that the build script made.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/datapath.o"));
+
+/// Programs at devices.
+const CLASSIFIERS: [&str; 6] = [
+    "from_pod",
+    "to_pod",
+    "tun_in",
+    "tun_eg",
+    "barrier_in",
+    "barrier_out",
+];
+/// The program that counts the kernel's drops.
+pub(crate) const TRACER: &str = "stack_drop";
+
+/// The programs, in the kernel and bound to the maps.
+#[derive(Debug)]
+pub(crate) struct Programs {
+    ebpf: Ebpf,
+}
+
+impl Programs {
+    /// Loads all programs. Maps that are pinned in the directory are used, the others made and pinned there.
+    pub(crate) fn load(maps: &Path) -> Result<Self, Error> {
+        let mut loader = EbpfLoader::new();
+        // Nothing is relocated against the kernel's types: no need to parse them.
+        loader.btf(None).verifier_log_level(VerifierLogLevel::DISABLE);
+        for name in names::ALL {
+            loader.map_pin_path(name, maps.join(name));
+        }
+        let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
+        for name in CLASSIFIERS {
+            let program: &mut SchedClassifier = Self::program(&mut ebpf, name)?;
+            program.load().map_err(load_error)?;
+        }
+        let tracer: &mut RawTracePoint = Self::program(&mut ebpf, TRACER)?;
+        tracer.load().map_err(load_error)?;
+        Ok(Self { ebpf })
+    }
+
+    fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
+    where
+        &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
+    {
+        let program = ebpf.program_mut(name).ok_or_else(|| missing(name))?;
+        program.try_into().map_err(load_error)
+    }
+
+    /// The object, to take the maps out of.
+    pub(crate) fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
+    /// Descriptor of a program.
+    pub(crate) fn fd(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
+        use std::os::fd::AsFd as _;
+        let program = self.ebpf.program(name).ok_or_else(|| missing(name))?;
+        Ok(program.fd().map_err(load_error)?.as_fd())
+    }
+
+    /// What a program is, to compare it with one that is attached.
+    pub(crate) fn info(&self, name: &str) -> Result<ProgramInfo, Error> {
+        sys::program_info(self.fd(name)?).map_err(|source| Error::Kernel {
+            operation: format!("query of program {name}"),
+            source,
+        })
+    }
+}
+
+/// The program of a role at a hook.
+pub(crate) fn program_of(role: Role, direction: Direction) -> &'static str {
+    match (role, direction) {
+        (Role::Pod, Direction::Ingress) => "from_pod",
+        (Role::Pod, Direction::Egress) => "to_pod",
+        (Role::Tunnel { .. }, Direction::Ingress) => "tun_in",
+        (Role::Tunnel { .. }, Direction::Egress) => "tun_eg",
+        (Role::Barrier, Direction::Ingress) => "barrier_in",
+        (Role::Barrier, Direction::Egress) => "barrier_out",
+    }
+}
+
+fn missing(name: &str) -> Error {
+    Error::Invalid(format!("the object has no program {name}"))
+}
+
+fn load_error(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Load(Box::new(error))
+}

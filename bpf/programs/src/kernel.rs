@@ -1,0 +1,178 @@
+//! The kernel's side: the packet and the maps behind the traits of the library, and the counters.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::BPF_F_NO_PREALLOC,
+    helpers::bpf_probe_read_kernel,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
+    programs::{RawTracePointContext, TcContext},
+};
+use warren_abi::{
+    DeviceValue, DropReason, EndpointValue, Hook, NodeKey, NodeValue, OwnerValue, PathValue, SettingsValue,
+    TraceValue, limits,
+};
+use warren_programs::{Address, Maps, Meta, Packet};
+
+#[map]
+static SETTINGS: Array<SettingsValue> = Array::with_max_entries(1, 0);
+#[map]
+static DEVICES: HashMap<u32, DeviceValue> = HashMap::with_max_entries(limits::DEVICES, BPF_F_NO_PREALLOC);
+#[map]
+static ENDPOINTS: HashMap<u32, EndpointValue> =
+    HashMap::with_max_entries(limits::ENDPOINTS, BPF_F_NO_PREALLOC);
+#[map]
+static IDENTITIES: HashMap<u32, u32> = HashMap::with_max_entries(limits::ENDPOINTS, BPF_F_NO_PREALLOC);
+#[map]
+static OWNERS4: LpmTrie<[u8; 4], OwnerValue> = LpmTrie::with_max_entries(limits::OWNERS, 0);
+#[map]
+static OWNERS6: LpmTrie<[u8; 16], OwnerValue> = LpmTrie::with_max_entries(limits::OWNERS, 0);
+#[map]
+static PATHS: HashMap<u32, PathValue> = HashMap::with_max_entries(limits::PATHS, BPF_F_NO_PREALLOC);
+#[map]
+static POOLS4: LpmTrie<[u8; 4], u32> = LpmTrie::with_max_entries(limits::POOLS, 0);
+#[map]
+static POOLS6: LpmTrie<[u8; 16], u32> = LpmTrie::with_max_entries(limits::POOLS, 0);
+#[map]
+static NODES: HashMap<NodeKey, NodeValue> = HashMap::with_max_entries(limits::NODES, BPF_F_NO_PREALLOC);
+#[map]
+static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::HOOKS * limits::REASONS, 0);
+#[map]
+static TRACE: Array<TraceValue> = Array::with_max_entries(1, 0);
+#[map]
+static STACK_DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::STACK_REASONS, 0);
+
+/// A packet in the kernel.
+pub(crate) struct Skb<'a>(pub(crate) &'a TcContext);
+
+impl Packet for Skb<'_> {
+    #[inline(always)]
+    fn load<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.0.load::<[u8; N]>(offset).ok()
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        self.0.len() as usize
+    }
+}
+
+/// What the kernel says about a packet.
+#[inline(always)]
+pub(crate) fn meta(ctx: &TcContext) -> Meta {
+    // SAFETY: the context of a classifier is a valid `__sk_buff` while the program runs.
+    let skb = unsafe { &*ctx.skb.skb };
+    Meta {
+        ifindex: skb.ifindex,
+        ingress_ifindex: skb.ingress_ifindex,
+        mark: skb.mark,
+        protocol: u16::from_be(skb.protocol as u16),
+        tagged: skb.vlan_present != 0,
+    }
+}
+
+/// The maps of the node.
+pub(crate) struct KernelMaps;
+
+impl Maps for KernelMaps {
+    #[inline(always)]
+    fn settings(&self) -> Option<&SettingsValue> {
+        SETTINGS.get(0).filter(|settings| settings.version != 0)
+    }
+
+    #[inline(always)]
+    fn device(&self, ifindex: u32) -> Option<&DeviceValue> {
+        // SAFETY: not preallocated, so an entry is not reused while the program can see it.
+        unsafe { DEVICES.get(ifindex) }
+    }
+
+    #[inline(always)]
+    fn endpoint(&self, ifindex: u32) -> Option<&EndpointValue> {
+        // SAFETY: as above.
+        unsafe { ENDPOINTS.get(ifindex) }
+    }
+
+    #[inline(always)]
+    fn endpoint_identity(&self, mark: u32) -> u32 {
+        // SAFETY: as above.
+        unsafe { IDENTITIES.get(mark) }.copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn owner(&self, address: &Address) -> Option<&OwnerValue> {
+        match address {
+            Address::V4(a) => OWNERS4.get(Key::new(32, *a)),
+            Address::V6(a) => OWNERS6.get(Key::new(128, *a)),
+        }
+    }
+
+    #[inline(always)]
+    fn path(&self, node: u16) -> Option<&PathValue> {
+        // SAFETY: as above.
+        unsafe { PATHS.get(u32::from(node)) }
+    }
+
+    #[inline(always)]
+    fn is_pod(&self, address: &Address) -> bool {
+        match address {
+            Address::V4(a) => POOLS4.get(Key::new(32, *a)).is_some(),
+            Address::V6(a) => POOLS6.get(Key::new(128, *a)).is_some(),
+        }
+    }
+
+    #[inline(always)]
+    fn node(&self, address: &Address) -> Option<&NodeValue> {
+        let key = match address {
+            Address::V4(a) => NodeKey::v4(*a),
+            Address::V6(a) => NodeKey::v6(*a),
+        };
+        // SAFETY: as above.
+        unsafe { NODES.get(key) }
+    }
+}
+
+/// Counts a packet that our programs drop.
+#[inline(always)]
+pub(crate) fn count_drop(hook: Hook, reason: DropReason) {
+    add_one(&DROPS, hook as u32 * limits::REASONS + reason as u32);
+}
+
+#[inline(always)]
+fn add_one(counters: &PerCpuArray<u64>, index: u32) {
+    if let Some(counter) = counters.get_ptr_mut(index) {
+        // SAFETY: the verifier knows that the pointer is to 8 bytes; the entry is this CPU's own.
+        unsafe { *counter += 1 };
+    }
+}
+
+/// Counts a packet that the stack freed with a reason, where it belongs to our network namespace.
+#[inline(always)]
+pub(crate) fn count_stack_drop(ctx: &RawTracePointContext) {
+    let Some(trace) = TRACE.get(0) else { return };
+    // Arguments of the tracepoint: the packet, where it was freed, why.
+    let skb: u64 = ctx.arg(0);
+    let reason = ctx.arg::<u64>(2) as u32;
+    if trace.netns == 0 || trace.ignored.contains(&reason) {
+        return;
+    }
+    // The device tells where it was dropped. In a socket's queue its place holds other things; the socket tells.
+    let netns = netns_of(skb, trace.skb_dev, trace.dev_net, trace.net_inum)
+        .or_else(|| netns_of(skb, trace.skb_sk, trace.sock_net, trace.net_inum));
+    if netns == Some(trace.netns) {
+        add_one(&STACK_DROPS, reason.min(limits::STACK_REASONS - 1));
+    }
+}
+
+/// Follows packet -> device or socket -> namespace -> inode number; `None` where a pointer leads nowhere.
+#[inline(always)]
+fn netns_of(skb: u64, member: u32, net: u32, inum: u32) -> Option<u32> {
+    let holder = read::<u64>(skb, member).filter(|pointer| *pointer != 0)?;
+    let net = read::<u64>(holder, net).filter(|pointer| *pointer != 0)?;
+    read::<u32>(net, inum)
+}
+
+#[inline(always)]
+fn read<T: Copy>(base: u64, offset: u32) -> Option<T> {
+    // SAFETY: the helper checks the address and fails where it cannot be read.
+    unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const T) }.ok()
+}
