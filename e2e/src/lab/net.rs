@@ -68,7 +68,7 @@ pub fn shared_ranges() -> [IpNet; 2] {
 pub fn shared_address(n: u8) -> DualStack {
     DualStack {
         v4: Ipv4Addr::new(10, 244, 200, n),
-        v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 200, u16::from(n)),
+        v6: Ipv6Addr::new(0xfd00, 0x10, 0x244, 0, 0, 0, 0x200, decimal(n)),
     }
 }
 

@@ -51,13 +51,17 @@ impl Place {
         for word in command {
             out.arg(word.as_ref());
         }
+        // The lab's binaries (in a node), then the machine's tools; whatever the caller's own path is.
+        out.env("PATH", "/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         out.stdin(Stdio::null());
         out
     }
 
-    /// Runs a command to its end, whatever the end.
+    /// Runs a command to its end, whatever the end; after two minutes that is a signal's.
     pub fn output<S: AsRef<str>>(&self, command: impl IntoIterator<Item = S>) -> Result<Output> {
-        self.command(command)
+        let mut all: Vec<String> = ["timeout", "-k", "2", "120"].map(str::to_owned).into();
+        all.extend(command.into_iter().map(|word| word.as_ref().to_owned()));
+        self.command(all)
             .output()
             .with_context(|| format!("cannot run in {}", self.name))
     }
