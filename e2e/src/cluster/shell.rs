@@ -233,24 +233,28 @@ pub(super) fn folders() -> Vec<PathBuf> {
     folders
 }
 
-/// Ends a cluster that was left running.
+/// Ends a cluster that was left running, and returns when everything is gone.
 pub(super) fn down(folder: &Path) -> Result<()> {
     let file = folder.join("reaper.pid");
     let pid: i32 = fs::read_to_string(&file)
         .with_context(|| format!("cannot read {}", file.display()))?
         .trim()
         .parse()?;
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let id = folder.to_string_lossy();
     // The number may have been given to another process since.
-    let ours = line.split(|byte| *byte == 0).any(|word| word == id.as_bytes());
+    let ours = || {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0)
+            .any(|word| word == folder.as_os_str().as_encoded_bytes())
+    };
     ensure!(
-        ours,
+        ours(),
         "the cluster in {} has ended already; remove the folder",
         folder.display()
     );
     kill(Pid::from_raw(pid), Signal::SIGTERM).context("cannot signal the reaper")?;
-    wait_for(END, &format!("{} is gone", folder.display()), || {
-        !folder.join("cluster.json").exists()
-    })
+    wait_for(
+        END,
+        &format!("the reaper of {} has done its work", folder.display()),
+        || !ours(),
+    )
 }

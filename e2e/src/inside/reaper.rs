@@ -1,6 +1,7 @@
 //! The process that removes the lab, whatever happens to the harness.
 
 use std::{
+    fs::File,
     io::{Read as _, Write as _},
     os::{fd::AsFd as _, unix::process::CommandExt as _},
     path::{Path, PathBuf},
@@ -10,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sched::{CloneFlags, unshare},
+    sched::{CloneFlags, setns, unshare},
     sys::{
         signal::{SigSet, Signal},
         signalfd::SignalFd,
@@ -45,6 +46,7 @@ pub fn reaper(args: &ReaperArgs) -> Result<()> {
     }
     signals.thread_block().context("cannot block signals")?;
     let signals = SignalFd::new(&signals).context("cannot wait for signals")?;
+    let machine = File::open("/proc/self/ns/mnt").context("cannot open the own mount namespace")?;
     let mut underlay = start_underlay(args)?;
     std::fs::write(args.dir.join("reaper.pid"), std::process::id().to_string())?;
     std::fs::write(args.dir.join("underlay.pid"), underlay.id().to_string())?;
@@ -53,6 +55,8 @@ pub fn reaper(args: &ReaperArgs) -> Result<()> {
     // Killing the pid namespace's PID 1 returns only after every process in it is gone.
     let _ = underlay.kill();
     let _ = underlay.wait();
+    // Control groups are seen from the machine's mounts only; the underlay has put its own /sys over them.
+    setns(machine, CloneFlags::CLONE_NEWNS).context("cannot return to the machine's mounts")?;
     crate::cluster::cgroup::remove(&args.id)?;
     remove(&args.dir, keep_logs?)
 }
