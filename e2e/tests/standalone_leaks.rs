@@ -11,7 +11,7 @@ use warren_e2e::{
     lab::{
         Lab, PORT, Pod, PodSpec, ask_from,
         manifests::node_file,
-        net::{BRIDGE, node_mac},
+        net::{BRIDGE, UPLINK, node_address, node_mac, pod_cidrs},
         wait::{wait_for, wait_until},
     },
     scenario::{
@@ -211,6 +211,53 @@ fn routes_flushed() -> Result<()> {
         nothing_in_clear(&capture.finish()?)
     })?;
     power_check(|lab, client, server| {
+        flush_routes(lab)?;
+        insist(client, server.addresses())
+    })
+}
+
+/// Leads the server's prefixes into an overlay device that appears now, as a careless operator might.
+fn overlay_appears(lab: &Lab, server: &Pod) -> Result<()> {
+    let node = lab.node(1);
+    let remote = node_address(2).v4;
+    let mut lines = vec![
+        format!("link add vx0 mtu 1450 type vxlan id 7 remote {remote} dstport 8472 dev {UPLINK}"),
+        "link set vx0 up".to_owned(),
+    ];
+    for (address, cidr) in server.addresses().iter().zip(pod_cidrs(2)) {
+        lines.push(format!("route replace {cidr} dev vx0"));
+        lines.push(format!(
+            "neigh replace {address} lladdr 02:77:00:00:00:02 dev vx0 nud permanent"
+        ));
+    }
+    node.place().ip(&lines)
+}
+
+#[test]
+fn overlay_device_appears() -> Result<()> {
+    // With an agent that sees the device coming, and without one.
+    for agent in [true, false] {
+        Lab::run(two_nodes(true), |lab| {
+            let (client, server) = client_and_server(lab)?;
+            let node = lab.node(1);
+            let capture = lab.capture()?;
+            if !agent {
+                node.kill_agent()?;
+            }
+            overlay_appears(lab, &server)?;
+            if agent {
+                node.kill_agent()?;
+            }
+            flush_routes(lab)?;
+            insist(&client, server.addresses())?;
+            node.start_agent()?;
+            lab.wait_ready(PATIENCE)?;
+            wait_answers(&client, &server)?;
+            nothing_in_clear(&capture.finish()?)
+        })?;
+    }
+    power_check(|lab, client, server| {
+        overlay_appears(lab, server)?;
         flush_routes(lab)?;
         insist(client, server.addresses())
     })
