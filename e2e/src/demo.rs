@@ -270,7 +270,7 @@ fn restart_during_flows(lab: &Lab, application: &[Pod]) -> Result<Vec<FlowReport
         anyhow::bail!("the application has too few tiers")
     };
     let start = Instant::now();
-    let flows = [false, true]
+    let mut flows = [false, true]
         .into_iter()
         .map(|v6| frontend.flow_port(SocketAddr::new(api.address(v6)?, port("api")), RATE))
         .collect::<Result<Vec<_>>>()?;
@@ -293,6 +293,7 @@ fn restart_during_flows(lab: &Lab, application: &[Pod]) -> Result<Vec<FlowReport
     node.wait_ready(lab.nodes().len() - 1, Duration::from_secs(30))?;
     println!("      restarted; it has adopted devices, programs and pods");
     wait_for(Duration::from_secs(60), "the flow's end", elapsed(FLOW_SECONDS))?;
+    flows.iter_mut().for_each(crate::lab::Flow::stop);
     flows.into_iter().map(crate::lab::Flow::finish).collect()
 }
 

@@ -97,7 +97,8 @@ impl Flows {
     }
 
     /// Ends them.
-    pub fn finish(self) -> Result<Vec<FlowReport>> {
+    pub fn finish(mut self) -> Result<Vec<FlowReport>> {
+        self.0.iter_mut().for_each(crate::lab::Flow::stop);
         self.0.into_iter().map(crate::lab::Flow::finish).collect()
     }
 }

@@ -352,6 +352,11 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// Stops sending; the report may take a while.
+    pub fn stop(&mut self) {
+        drop(self.process.stdin());
+    }
+
     /// Stops sending and returns what became of the packets.
     pub fn finish(self) -> Result<FlowReport> {
         Ok(serde_json::from_str(&self.process.finish()?)?)
