@@ -11,7 +11,11 @@ use crate::Error;
 pub(crate) async fn list(handle: &rtnetlink::Handle) -> Result<Vec<(u32, IpNet)>, Error> {
     let mut addresses = Vec::new();
     let mut messages = Box::pin(handle.address().get().execute());
-    while let Some(message) = messages.try_next().await.map_err(Error::netlink("list the addresses"))? {
+    while let Some(message) = messages
+        .try_next()
+        .await
+        .map_err(Error::netlink("list the addresses"))?
+    {
         addresses.extend(parse(&message));
     }
     Ok(addresses)

@@ -37,11 +37,16 @@ pub(crate) async fn ensure_tun(handle: &rtnetlink::Handle, name: &str) -> Result
         return Ok(link.ifindex);
     }
     tun::make_persistent(name)?;
-    let link = existing(handle, name, &LinkKind::Tun).await?.ok_or_else(|| Error::Netlink {
-        what: format!("find the TUN device {name}"),
-        detail: "it vanished right after it was made".into(),
-    })?;
-    let config = LinkConfig { txqueuelen: Some(TUN_QUEUE_LENGTH), ..LinkConfig::default() };
+    let link = existing(handle, name, &LinkKind::Tun)
+        .await?
+        .ok_or_else(|| Error::Netlink {
+            what: format!("find the TUN device {name}"),
+            detail: "it vanished right after it was made".into(),
+        })?;
+    let config = LinkConfig {
+        txqueuelen: Some(TUN_QUEUE_LENGTH),
+        ..LinkConfig::default()
+    };
     configure(handle, link.ifindex, &config).await?;
     Ok(link.ifindex)
 }
@@ -56,22 +61,31 @@ pub(crate) async fn ensure_wireguard(handle: &rtnetlink::Handle, name: &str) -> 
         .execute()
         .await
         .map_err(Error::netlink(format!("make the WireGuard device {name}")))?;
-    let link = existing(handle, name, &LinkKind::WireGuard).await?.ok_or_else(|| Error::Netlink {
-        what: format!("find the WireGuard device {name}"),
-        detail: "it vanished right after it was made".into(),
-    })?;
+    let link = existing(handle, name, &LinkKind::WireGuard)
+        .await?
+        .ok_or_else(|| Error::Netlink {
+            what: format!("find the WireGuard device {name}"),
+            detail: "it vanished right after it was made".into(),
+        })?;
     Ok(link.ifindex)
 }
 
 /// The device of that name, which must be of that kind.
 async fn existing(handle: &rtnetlink::Handle, name: &str, kind: &LinkKind) -> Result<Option<Link>, Error> {
     check_name(name)?;
-    let found = link::list(handle).await?.into_iter().find(|link| link.name == name);
+    let found = link::list(handle)
+        .await?
+        .into_iter()
+        .find(|link| link.name == name);
     match found {
         Some(link) if link.kind != *kind => Err(Error::WrongKind {
             name: name.to_owned(),
             found: link.kind.name().to_owned(),
-            wanted: if *kind == LinkKind::Tun { "tun" } else { "wireguard" },
+            wanted: if *kind == LinkKind::Tun {
+                "tun"
+            } else {
+                "wireguard"
+            },
         }),
         found => Ok(found),
     }
@@ -81,15 +95,26 @@ fn check_name(name: &str) -> Result<(), Error> {
     let bad = name.is_empty()
         || name.len() >= libc::IFNAMSIZ
         || matches!(name, "." | "..")
-        || name.bytes().any(|byte| matches!(byte, b'/' | b':' | b'%' | 0) || byte.is_ascii_whitespace());
-    if bad { Err(Error::BadName(name.to_owned())) } else { Ok(()) }
+        || name
+            .bytes()
+            .any(|byte| matches!(byte, b'/' | b':' | b'%' | 0) || byte.is_ascii_whitespace());
+    if bad {
+        Err(Error::BadName(name.to_owned()))
+    } else {
+        Ok(())
+    }
 }
 
 pub(crate) async fn kernel_has_wireguard(handle: &rtnetlink::Handle) -> Result<bool, Error> {
     // Unique among processes that probe at the same time.
     let name = format!("wgp{}", std::process::id());
     let what = "probe for kernel WireGuard";
-    match handle.link().add(LinkWireguard::new(&name).build()).execute().await {
+    match handle
+        .link()
+        .add(LinkWireguard::new(&name).build())
+        .execute()
+        .await
+    {
         Ok(()) => {}
         Err(error) => {
             let error = Error::netlink(what)(error);
@@ -100,7 +125,11 @@ pub(crate) async fn kernel_has_wireguard(handle: &rtnetlink::Handle) -> Result<b
             };
         }
     }
-    if let Some(link) = link::list(handle).await?.into_iter().find(|link| link.name == name) {
+    if let Some(link) = link::list(handle)
+        .await?
+        .into_iter()
+        .find(|link| link.name == name)
+    {
         delete(handle, link.ifindex).await?;
     }
     Ok(true)
@@ -111,7 +140,11 @@ pub(crate) async fn delete(handle: &rtnetlink::Handle, ifindex: u32) -> Result<(
         Ok(()) => Ok(()),
         Err(error) => {
             let error = Error::netlink(format!("delete the device with index {ifindex}"))(error);
-            if error.errno() == Some(libc::ENODEV) { Ok(()) } else { Err(error) }
+            if error.errno() == Some(libc::ENODEV) {
+                Ok(())
+            } else {
+                Err(error)
+            }
         }
     }
 }
@@ -143,7 +176,10 @@ pub(crate) async fn configure(
         changed |= quieten(handle, &link).await?;
     }
     if let Some(mode) = config.rp_filter {
-        changed |= sysctl::set_sysctl(&format!("net/ipv4/conf/{}/rp_filter", link.name), &mode.to_string())?;
+        changed |= sysctl::set_sysctl(
+            &format!("net/ipv4/conf/{}/rp_filter", link.name),
+            &mode.to_string(),
+        )?;
     }
     if let Some(address) = config.link_address {
         changed |= add_link_address(handle, &link, address).await?;
@@ -179,7 +215,11 @@ async fn quieten(handle: &rtnetlink::Handle, link: &Link) -> Result<bool, Error>
         changed = true;
     }
     // 1: IN6_ADDR_GEN_MODE_NONE. A kernel without IPv6 has no such setting, and needs none.
-    for (setting, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("router_solicitations", "0")] {
+    for (setting, value) in [
+        ("addr_gen_mode", "1"),
+        ("accept_ra", "0"),
+        ("router_solicitations", "0"),
+    ] {
         match sysctl::set_sysctl(&format!("net/ipv6/conf/{}/{setting}", link.name), value) {
             Ok(done) => changed |= done,
             Err(Error::Sysctl { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
@@ -189,11 +229,7 @@ async fn quieten(handle: &rtnetlink::Handle, link: &Link) -> Result<bool, Error>
     Ok(changed)
 }
 
-async fn add_link_address(
-    handle: &rtnetlink::Handle,
-    link: &Link,
-    wanted: Ipv4Addr,
-) -> Result<bool, Error> {
+async fn add_link_address(handle: &rtnetlink::Handle, link: &Link, wanted: Ipv4Addr) -> Result<bool, Error> {
     let net = IpNet::V4(Ipv4Net::from(wanted));
     if address::list(handle).await?.contains(&(link.ifindex, net)) {
         return Ok(false);
@@ -201,12 +237,18 @@ async fn add_link_address(
     let mut request = handle.address().add(link.ifindex, wanted.into(), 32);
     let message = request.message_mut();
     message.header.scope = AddressScope::Link;
-    message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::Broadcast(_)));
+    message
+        .attributes
+        .retain(|attribute| !matches!(attribute, AddressAttribute::Broadcast(_)));
     match request.execute().await {
         Ok(()) => Ok(true),
         Err(error) => {
             let error = Error::netlink(format!("add {net} to the device {}", link.name))(error);
-            if error.errno() == Some(libc::EEXIST) { Ok(false) } else { Err(error) }
+            if error.errno() == Some(libc::EEXIST) {
+                Ok(false)
+            } else {
+                Err(error)
+            }
         }
     }
 }

@@ -88,8 +88,14 @@ impl Error {
     pub(crate) fn netlink(what: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Self {
         let what = what.into();
         move |error| match error {
-            rtnetlink::Error::NetlinkError(message) => Self::Kernel { what, source: message.to_io() },
-            other => Self::Netlink { what, detail: other.to_string() },
+            rtnetlink::Error::NetlinkError(message) => Self::Kernel {
+                what,
+                source: message.to_io(),
+            },
+            other => Self::Netlink {
+                what,
+                detail: other.to_string(),
+            },
         }
     }
 

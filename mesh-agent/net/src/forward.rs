@@ -1,7 +1,7 @@
 //! Somebody else's FORWARD chains that drop by default. An accept elsewhere does not override a drop: it has to
 //! stand in the very chain that drops, and be put there by the tool that owns the chain.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Error, nft, tool};
 
@@ -17,6 +17,17 @@ pub enum ForwardFamily {
     V6,
     /// Both (nft's `inet`).
     Both,
+}
+
+impl ForwardFamily {
+    /// The family's name in nft.
+    fn keyword(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip6",
+            Self::Both => "inet",
+        }
+    }
 }
 
 /// The tool that owns a chain.
@@ -45,17 +56,18 @@ pub struct ForwardBlock {
 
 impl std::fmt::Display for ForwardBlock {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let family = match self.family {
-            ForwardFamily::V4 => "ip",
-            ForwardFamily::V6 => "ip6",
-            ForwardFamily::Both => "inet",
-        };
         let tool = match self.tool {
             ForwardTool::IptablesNft => "iptables-nft",
             ForwardTool::IptablesLegacy => "iptables-legacy",
             ForwardTool::Nft => "nft",
         };
-        write!(f, "chain {} of table {family} {} ({tool})", self.chain, self.table)
+        write!(
+            f,
+            "chain {} of table {} {} ({tool})",
+            self.chain,
+            self.family.keyword(),
+            self.table
+        )
     }
 }
 
@@ -81,22 +93,22 @@ pub(crate) async fn allow() -> Result<Vec<ForwardBlock>, Error> {
     Ok(blocks)
 }
 
+/// As JSON, in which any name will do: some cannot be written in nft's own language.
 async fn insert_nft(block: &ForwardBlock) -> Result<(), Error> {
-    let family = match block.family {
-        ForwardFamily::V4 => "ip",
-        ForwardFamily::V6 => "ip6",
-        ForwardFamily::Both => "inet",
-    };
-    let chain = format!("{family} {} {}", quoted(&block.table), quoted(&block.chain));
-    let script = format!(
-        "insert rule {chain} iifname \"warren*\" counter accept comment \"{COMMENT}\"\n\
-         insert rule {chain} oifname \"warren*\" counter accept comment \"{COMMENT}\"\n"
-    );
-    tool::run("nft", &["-f", "-"], Some(&script)).await.map(drop)
+    let insert = ["iifname", "oifname"].map(|key| {
+        let matches = json!({ "op": "==", "left": { "meta": { "key": key } }, "right": "warren*" });
+        json!({ "insert": { "rule": {
+            "family": block.family.keyword(), "table": block.table, "chain": block.chain, "comment": COMMENT,
+            "expr": [{ "match": matches }, { "counter": null }, { "accept": null }],
+        }}})
+    });
+    run_json(&json!({ "nftables": insert })).await
 }
 
-fn quoted(name: &str) -> String {
-    format!("\"{name}\"")
+async fn run_json(commands: &Value) -> Result<(), Error> {
+    tool::run("nft", &["-j", "-f", "-"], Some(&commands.to_string()))
+        .await
+        .map(drop)
 }
 
 fn iptables(block: &ForwardBlock) -> &'static str {
@@ -111,7 +123,16 @@ fn iptables(block: &ForwardBlock) -> &'static str {
 /// `-I` or `-D` of our two rules; `+` is what iptables writes for nft's `*`.
 async fn iptables_rule(block: &ForwardBlock, action: &str) -> Result<(), Error> {
     for direction in ["-i", "-o"] {
-        let arguments = ["-w", "5", "-t", &block.table, action, &block.chain, direction, "warren+"];
+        let arguments = [
+            "-w",
+            "5",
+            "-t",
+            &block.table,
+            action,
+            &block.chain,
+            direction,
+            "warren+",
+        ];
         let rest = ["-m", "comment", "--comment", COMMENT, "-j", "ACCEPT"];
         let arguments: Vec<&str> = arguments.into_iter().chain(rest).collect();
         tool::run(iptables(block), &arguments, None).await?;
@@ -124,7 +145,8 @@ fn in_nft(ruleset: &Value) -> Vec<ForwardBlock> {
     forward_chains(ruleset)
         .filter(|(chain, block)| {
             let rules: Vec<&Value> = rules(ruleset, chain).collect();
-            let drops = chain["policy"] == "drop" || rules.last().is_some_and(|rule| refuses_everything(rule));
+            let drops =
+                chain["policy"] == "drop" || rules.last().is_some_and(|rule| refuses_everything(rule));
             drops && !accepts_both(&rules) && block.table != nft::TABLE
         })
         .map(|(_, block)| block)
@@ -132,8 +154,9 @@ fn in_nft(ruleset: &Value) -> Vec<ForwardBlock> {
 }
 
 fn forward_chains(ruleset: &Value) -> impl Iterator<Item = (&Value, ForwardBlock)> {
-    nft::objects(ruleset, "chain").filter(|chain| chain["hook"] == "forward" && chain["type"] == "filter").filter_map(
-        |chain| {
+    nft::objects(ruleset, "chain")
+        .filter(|chain| chain["hook"] == "forward" && chain["type"] == "filter")
+        .filter_map(|chain| {
             let family = match chain["family"].as_str()? {
                 "ip" => ForwardFamily::V4,
                 "ip6" => ForwardFamily::V6,
@@ -142,10 +165,21 @@ fn forward_chains(ruleset: &Value) -> impl Iterator<Item = (&Value, ForwardBlock
             };
             let (table, name) = (chain["table"].as_str()?, chain["name"].as_str()?);
             let iptables = family != ForwardFamily::Both && table == "filter" && name == "FORWARD";
-            let tool = if iptables { ForwardTool::IptablesNft } else { ForwardTool::Nft };
-            Some((chain, ForwardBlock { family, tool, table: table.to_owned(), chain: name.to_owned() }))
-        },
-    )
+            let tool = if iptables {
+                ForwardTool::IptablesNft
+            } else {
+                ForwardTool::Nft
+            };
+            Some((
+                chain,
+                ForwardBlock {
+                    family,
+                    tool,
+                    table: table.to_owned(),
+                    chain: name.to_owned(),
+                },
+            ))
+        })
 }
 
 fn rules<'a>(ruleset: &'a Value, chain: &'a Value) -> impl Iterator<Item = &'a Value> {
@@ -161,18 +195,25 @@ fn expressions(rule: &Value) -> impl Iterator<Item = &Value> {
 /// A rule without condition that drops or rejects, as firewalld ends its chains.
 fn refuses_everything(rule: &Value) -> bool {
     let is = |expression: &Value, name: &str| expression.get(name).is_some();
-    expressions(rule).all(|e| ["counter", "log", "drop", "reject"].iter().any(|name| is(e, name)))
-        && expressions(rule).any(|e| is(e, "drop") || is(e, "reject"))
+    expressions(rule).all(|e| {
+        ["counter", "log", "drop", "reject"]
+            .iter()
+            .any(|name| is(e, name))
+    }) && expressions(rule).any(|e| is(e, "drop") || is(e, "reject"))
 }
 
 fn accepts_both(rules: &[&Value]) -> bool {
-    ["iifname", "oifname"].iter().all(|key| rules.iter().any(|rule| accepts(rule, key)))
+    ["iifname", "oifname"]
+        .iter()
+        .all(|key| rules.iter().any(|rule| accepts(rule, key)))
 }
 
 /// An accept of everything that comes in, or goes out, by `warren*`, whichever tool wrote it.
 fn accepts(rule: &Value, key: &str) -> bool {
     let matches = |e: &Value| {
-        e["match"]["left"]["meta"]["key"] == key && e["match"]["op"] == "==" && e["match"]["right"] == "warren*"
+        e["match"]["left"]["meta"]["key"] == key
+            && e["match"]["op"] == "=="
+            && e["match"]["right"] == "warren*"
     };
     expressions(rule).any(matches)
         && expressions(rule).filter(|e| e.get("match").is_some()).count() == 1
@@ -181,14 +222,25 @@ fn accepts(rule: &Value, key: &str) -> bool {
 
 /// The legacy tables. Listing one that is not there would make the kernel create it: ask the kernel first.
 async fn in_legacy(family: ForwardFamily) -> Result<Option<ForwardBlock>, Error> {
-    let Some(block) = legacy_block(family) else { return Ok(None) };
-    let listing = tool::run(iptables(&block), &["-w", "5", "-t", "filter", "-S", "FORWARD"], None).await?;
+    let Some(block) = legacy_block(family) else {
+        return Ok(None);
+    };
+    let listing = tool::run(
+        iptables(&block),
+        &["-w", "5", "-t", "filter", "-S", "FORWARD"],
+        None,
+    )
+    .await?;
     Ok(legacy_drops(&listing).then_some(block))
 }
 
 /// The legacy filter table of a family, where it exists and its tool is installed.
 fn legacy_block(family: ForwardFamily) -> Option<ForwardBlock> {
-    let names = if family == ForwardFamily::V6 { "ip6_tables_names" } else { "ip_tables_names" };
+    let names = if family == ForwardFamily::V6 {
+        "ip6_tables_names"
+    } else {
+        "ip_tables_names"
+    };
     let names = std::fs::read_to_string(format!("/proc/thread-self/net/{names}")).unwrap_or_default();
     let block = ForwardBlock {
         family,
@@ -200,36 +252,45 @@ fn legacy_block(family: ForwardFamily) -> Option<ForwardBlock> {
 }
 
 fn legacy_drops(listing: &str) -> bool {
-    let mut lines = listing.lines();
-    let drops = lines.clone().any(|line| line == "-P FORWARD DROP")
-        || lines.clone().next_back().is_some_and(|line| {
+    let lines = || listing.lines();
+    let drops = lines().any(|line| line == "-P FORWARD DROP")
+        || lines().next_back().is_some_and(|line| {
             line.starts_with("-A FORWARD -j DROP") || line.starts_with("-A FORWARD -j REJECT")
         });
-    let ours = |direction: &str| {
-        lines.any(|line| {
+    let ours = |direction: &&str| {
+        lines().any(|line| {
             line.starts_with(&format!("-A FORWARD {direction} warren+ ")) && line.ends_with("-j ACCEPT")
         })
     };
-    drops && !["-i", "-o"].map(ours).into_iter().all(|found| found)
+    drops && !["-i", "-o"].iter().all(ours)
 }
 
 pub(crate) async fn revoke() -> Result<(), Error> {
     let ruleset = nft::list(&["-a", "list", "ruleset"]).await?;
     for (chain, block) in forward_chains(&ruleset) {
         let ours = rules(&ruleset, chain).filter(|rule| accepts(rule, "iifname") || accepts(rule, "oifname"));
-        for handle in ours.filter_map(|rule| rule["handle"].as_u64()) {
-            let family = chain["family"].as_str().unwrap_or_default();
-            let script = format!(
-                "delete rule {family} {} {} handle {handle}\n",
-                quoted(&block.table),
-                quoted(&block.chain)
-            );
-            tool::run("nft", &["-f", "-"], Some(&script)).await?;
+        let delete: Vec<Value> = ours
+            .filter_map(|rule| rule["handle"].as_u64())
+            .map(|handle| {
+                json!({ "delete": { "rule": {
+                    "family": block.family.keyword(), "table": block.table, "chain": block.chain, "handle": handle,
+                }}})
+            })
+            .collect();
+        if !delete.is_empty() {
+            run_json(&json!({ "nftables": delete })).await?;
         }
     }
     for family in [ForwardFamily::V4, ForwardFamily::V6] {
-        let Some(block) = legacy_block(family) else { continue };
-        let listing = tool::run(iptables(&block), &["-w", "5", "-t", "filter", "-S", "FORWARD"], None).await?;
+        let Some(block) = legacy_block(family) else {
+            continue;
+        };
+        let listing = tool::run(
+            iptables(&block),
+            &["-w", "5", "-t", "filter", "-S", "FORWARD"],
+            None,
+        )
+        .await?;
         if listing.contains(" warren+ ") {
             iptables_rule(&block, "-D").await?;
         }
@@ -248,7 +309,9 @@ mod tests {
                     -A FORWARD -i warren+ -m comment --comment warren -j ACCEPT\n";
         assert!(legacy_drops(drop));
         assert!(!legacy_drops("-P FORWARD ACCEPT\n"));
-        assert!(legacy_drops("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n"));
+        assert!(legacy_drops(
+            "-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n"
+        ));
         assert!(!legacy_drops(&format!("{drop}{ours}")));
         assert!(legacy_drops(&format!("{drop}-A FORWARD -o warren+ -j ACCEPT\n")));
     }
@@ -257,9 +320,15 @@ mod tests {
     fn only_unconditional_refusals_count() {
         let rule = |expr: Value| serde_json::json!({ "expr": expr });
         assert!(refuses_everything(&rule(serde_json::json!([{ "reject": {} }]))));
-        assert!(refuses_everything(&rule(serde_json::json!([{ "counter": {} }, { "drop": null }]))));
-        assert!(!refuses_everything(&rule(serde_json::json!([{ "match": {} }, { "drop": null }]))));
-        assert!(!refuses_everything(&rule(serde_json::json!([{ "accept": null }]))));
+        assert!(refuses_everything(&rule(
+            serde_json::json!([{ "counter": {} }, { "drop": null }])
+        )));
+        assert!(!refuses_everything(&rule(
+            serde_json::json!([{ "match": {} }, { "drop": null }])
+        )));
+        assert!(!refuses_everything(&rule(
+            serde_json::json!([{ "accept": null }])
+        )));
         assert!(!refuses_everything(&rule(serde_json::json!([]))));
     }
 }

@@ -80,7 +80,11 @@ pub struct Link {
 pub(crate) async fn list(handle: &rtnetlink::Handle) -> Result<Vec<Link>, Error> {
     let mut links = Vec::new();
     let mut messages = Box::pin(handle.link().get().execute());
-    while let Some(message) = messages.try_next().await.map_err(Error::netlink("list the network devices"))? {
+    while let Some(message) = messages
+        .try_next()
+        .await
+        .map_err(Error::netlink("list the network devices"))?
+    {
         links.extend(parse(&message));
     }
     Ok(links)
@@ -125,7 +129,10 @@ pub(crate) fn parse(message: &LinkMessage) -> Option<Link> {
         }
     }
     link.kind = match kind {
-        Some(InfoKind::Veth) => LinkKind::Veth { peer_ifindex, peer_netnsid },
+        Some(InfoKind::Veth) => LinkKind::Veth {
+            peer_ifindex,
+            peer_netnsid,
+        },
         Some(InfoKind::Bridge) => LinkKind::Bridge,
         Some(InfoKind::Tun) => LinkKind::Tun,
         Some(InfoKind::Wireguard) => LinkKind::WireGuard,

@@ -36,12 +36,12 @@ pub const fn tunnel_mtu(underlay: u32, ipv6: bool) -> u32 {
     if mtu < 1280 { 1280 } else { mtu }
 }
 
-pub(crate) async fn underlay(
-    handle: &rtnetlink::Handle,
-    endpoints: &[IpAddr],
-) -> Result<UnderlayMtu, Error> {
-    let links: BTreeMap<u32, u32> =
-        link::list(handle).await?.into_iter().map(|link| (link.ifindex, link.mtu)).collect();
+pub(crate) async fn underlay(handle: &rtnetlink::Handle, endpoints: &[IpAddr]) -> Result<UnderlayMtu, Error> {
+    let links: BTreeMap<u32, u32> = link::list(handle)
+        .await?
+        .into_iter()
+        .map(|link| (link.ifindex, link.mtu))
+        .collect();
     let mut result = UnderlayMtu {
         mtu: None,
         devices: BTreeMap::new(),
@@ -53,7 +53,9 @@ pub(crate) async fn underlay(
             result.unreachable.push(*endpoint);
             continue;
         };
-        let Some(device_mtu) = links.get(&ifindex) else { continue };
+        let Some(device_mtu) = links.get(&ifindex) else {
+            continue;
+        };
         result.devices.insert(ifindex, *device_mtu);
         let path = route_mtu.unwrap_or(u32::MAX).min(*device_mtu);
         result.mtu = Some(result.mtu.unwrap_or(u32::MAX).min(path));
@@ -62,15 +64,15 @@ pub(crate) async fn underlay(
 }
 
 /// The device and the MTU that the route itself names; `None` where there is no route.
-async fn look_up(
-    handle: &rtnetlink::Handle,
-    endpoint: IpAddr,
-) -> Result<Option<(u32, Option<u32>)>, Error> {
+async fn look_up(handle: &rtnetlink::Handle, endpoint: IpAddr) -> Result<Option<(u32, Option<u32>)>, Error> {
     let length = if endpoint.is_ipv4() { 32 } else { 128 };
     let what = format!("look up the route to {endpoint}");
     let request = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(endpoint, length)
-        .map_err(|error| Error::Netlink { what: what.clone(), detail: error.to_string() })?
+        .map_err(|error| Error::Netlink {
+            what: what.clone(),
+            detail: error.to_string(),
+        })?
         .build();
     // A look-up carries nothing but the destination: strict checking refuses the rest.
     let mut request = handle.route().get(request);

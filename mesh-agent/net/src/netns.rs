@@ -13,13 +13,18 @@ use crate::Error;
 
 /// Runs `work` on a scratch thread in the network namespace at `path` and returns what it returns. Blocks.
 pub fn run_in<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T, Error> {
-    let failed = |source: io::Error| Error::Namespace { path: path.to_owned(), source };
+    let failed = |source: io::Error| Error::Namespace {
+        path: path.to_owned(),
+        source,
+    };
     let file = File::open(path).map_err(failed)?;
     std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("netns".into()).spawn_scoped(scope, || {
-            setns(&file, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
-            Ok(work())
-        });
+        let thread = std::thread::Builder::new()
+            .name("netns".into())
+            .spawn_scoped(scope, || {
+                setns(&file, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)?;
+                Ok(work())
+            });
         match thread.map_err(failed)?.join() {
             Ok(result) => result.map_err(failed),
             Err(panic) => std::panic::resume_unwind(panic),
@@ -29,8 +34,10 @@ pub fn run_in<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result<T
 
 /// The network namespace's identity: two paths to the same namespace have the same one.
 pub fn id(path: &Path) -> Result<(u64, u64), Error> {
-    let metadata =
-        fs::metadata(path).map_err(|source| Error::Namespace { path: path.to_owned(), source })?;
+    let metadata = fs::metadata(path).map_err(|source| Error::Namespace {
+        path: path.to_owned(),
+        source,
+    })?;
     Ok((metadata.dev(), metadata.ino()))
 }
 
@@ -41,8 +48,10 @@ where
     F: Future<Output = Result<T, Error>>,
 {
     run_in(path, || {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(Error::Open)?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build()
+            .map_err(Error::Open)?;
         runtime.block_on(async { work(crate::Net::open().await?).await })
     })?
 }

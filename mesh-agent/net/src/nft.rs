@@ -73,13 +73,16 @@ pub(crate) async fn apply(config: &NftConfig) -> Result<(), Error> {
             // Another version of us may have left chains of another shape, which cannot be changed in place.
             // Replacing the tables is still one transaction, but costs the counters.
             tracing::warn!(%error, "nft tables cannot be updated in place: replacing them");
-            tool::run("nft", &["-f", "-"], Some(&format!("{DELETE}{script}"))).await.map(drop)
+            tool::run("nft", &["-f", "-"], Some(&format!("{DELETE}{script}")))
+                .await
+                .map(drop)
         }
     }
 }
 
 /// Deleting what is not there is an error to nft: declare it first.
-const DELETE: &str = "table inet warren\ndelete table inet warren\ntable bridge warren\ndelete table bridge warren\n";
+const DELETE: &str =
+    "table inet warren\ndelete table inet warren\ntable bridge warren\ndelete table bridge warren\n";
 
 pub(crate) async fn remove() -> Result<(), Error> {
     tool::run("nft", &["-f", "-"], Some(DELETE)).await.map(drop)
@@ -106,13 +109,19 @@ pub(crate) async fn list(arguments: &[&str]) -> Result<Value, Error> {
     let mut all = vec!["-j"];
     all.extend_from_slice(arguments);
     let text = tool::run("nft", &all, None).await?;
-    serde_json::from_str(&text)
-        .map_err(|error| Error::Tool { tool: format!("nft {}", all.join(" ")), message: error.to_string() })
+    serde_json::from_str(&text).map_err(|error| Error::Tool {
+        tool: format!("nft {}", all.join(" ")),
+        message: error.to_string(),
+    })
 }
 
 /// The objects of one kind in an nft listing.
 pub(crate) fn objects<'a>(listing: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
-    listing["nftables"].as_array().into_iter().flatten().filter_map(move |object| object.get(kind))
+    listing["nftables"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(move |object| object.get(kind))
 }
 
 /// The whole transaction. Priorities: the first drop stands before any source translation, which may hide a pod
@@ -142,7 +151,12 @@ fn script(config: &NftConfig) -> String {
          flush set bridge warren safe\n",
     );
     if !config.safe.is_empty() {
-        let indexes = config.safe.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        let indexes = config
+            .safe
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(", ");
         for family in ["inet", "bridge"] {
             let _ = writeln!(text, "add element {family} warren safe {{ {indexes} }}");
         }
@@ -150,13 +164,24 @@ fn script(config: &NftConfig) -> String {
     let mut rule = |chain: &str, rule: &str| {
         let _ = writeln!(text, "add rule {chain} {rule}");
     };
-    let tunnels =
-        config.tunnels.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
+    let tunnels = config
+        .tunnels
+        .iter()
+        .map(|name| format!("\"{name}\""))
+        .collect::<Vec<_>>()
+        .join(", ");
     if config.barrier {
-        let inside = if tunnels.is_empty() { "\"lo\"".to_owned() } else { format!("\"lo\", {tunnels}") };
+        let inside = if tunnels.is_empty() {
+            "\"lo\"".to_owned()
+        } else {
+            format!("\"lo\", {tunnels}")
+        };
         for chain in ["out_before", "out_after"] {
             rule(&format!("inet warren {chain}"), "meta oif @safe accept");
-            rule(&format!("inet warren {chain}"), &format!("meta oifname {{ {inside} }} accept"));
+            rule(
+                &format!("inet warren {chain}"),
+                &format!("meta oifname {{ {inside} }} accept"),
+            );
             rule(&format!("inet warren {chain}"), "jump outside_out");
         }
         rule("inet warren in", "meta iif @safe accept");
@@ -200,15 +225,25 @@ fn set(family: Family4or6, prefixes: impl IntoIterator<Item = IpNet>) -> Option<
     if merged.is_empty() {
         return None;
     }
-    Some(format!("{{ {} }}", merged.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")))
+    Some(format!(
+        "{{ {} }}",
+        merged.iter().map(IpNet::to_string).collect::<Vec<_>>().join(", ")
+    ))
 }
 
 fn barrier(config: &NftConfig, family: Family4or6, rule: &mut impl FnMut(&str, &str)) {
     let ip = family.keyword();
     let nodes = || config.nodes.iter().map(|address| IpNet::from(*address));
-    let Some(pods) = set(family, config.pods.iter().copied()) else { return };
-    let Some(members) = set(family, config.pods.iter().copied().chain(nodes())) else { return };
-    for (chain, counter) in [("inet warren outside_out", CLEAR_OUT), ("bridge warren outside", CLEAR_BRIDGE)] {
+    let Some(pods) = set(family, config.pods.iter().copied()) else {
+        return;
+    };
+    let Some(members) = set(family, config.pods.iter().copied().chain(nodes())) else {
+        return;
+    };
+    for (chain, counter) in [
+        ("inet warren outside_out", CLEAR_OUT),
+        ("bridge warren outside", CLEAR_BRIDGE),
+    ] {
         let drop = format!("counter name {counter} drop");
         rule(chain, &format!("{ip} saddr {pods} {ip} daddr {members} {drop}"));
         rule(chain, &format!("{ip} daddr {pods} {ip} saddr {members} {drop}"));
@@ -216,7 +251,10 @@ fn barrier(config: &NftConfig, family: Family4or6, rule: &mut impl FnMut(&str, &
     let drop = format!("counter name {FORGED_IN} drop");
     rule("inet warren outside_in", &format!("{ip} saddr {pods} {drop}"));
     if let Some(nodes) = set(family, nodes()) {
-        rule("inet warren outside_in", &format!("{ip} daddr {pods} {ip} saddr {nodes} {drop}"));
+        rule(
+            "inet warren outside_in",
+            &format!("{ip} daddr {pods} {ip} saddr {nodes} {drop}"),
+        );
     }
 }
 
@@ -225,18 +263,29 @@ fn translation(config: &NftConfig, tunnels: &str, rule: &mut impl FnMut(&str, &s
     let chain = "inet warren nat";
     let wanted = format!("meta mark & {0:#x} == {0:#x}", config.masquerade_mark);
     if let Some(source) = config.source_v4 {
-        rule(chain, &format!("meta oifname {{ {tunnels} }} meta nfproto ipv4 {wanted} snat ip to {source}"));
+        rule(
+            chain,
+            &format!("meta oifname {{ {tunnels} }} meta nfproto ipv4 {wanted} snat ip to {source}"),
+        );
     }
     if let Some(source) = config.source_v6 {
-        rule(chain, &format!("meta oifname {{ {tunnels} }} meta nfproto ipv6 {wanted} snat ip6 to {source}"));
+        rule(
+            chain,
+            &format!("meta oifname {{ {tunnels} }} meta nfproto ipv6 {wanted} snat ip6 to {source}"),
+        );
     }
     rule(chain, &format!("{wanted} return"));
     for family in [Family4or6::V4, Family4or6::V6] {
         let ip = family.keyword();
         let keep = format!("snat {ip} to {ip} saddr");
-        let Some(pods) = set(family, config.pods.iter().copied()) else { continue };
+        let Some(pods) = set(family, config.pods.iter().copied()) else {
+            continue;
+        };
         // A pod's source stays on the way into the tunnel, and whatever came out of it stays on the way to a pod.
-        rule(chain, &format!("meta oifname {{ {tunnels} }} {ip} saddr {pods} {keep}"));
+        rule(
+            chain,
+            &format!("meta oifname {{ {tunnels} }} {ip} saddr {pods} {keep}"),
+        );
         let from_tunnel = format!("meta mark & {:#x} == {:#x}", config.mark_mask, config.tunnel_mark);
         rule(chain, &format!("{from_tunnel} {ip} daddr {pods} {keep}"));
     }

@@ -53,7 +53,11 @@ pub(crate) async fn find(handle: &rtnetlink::Handle, netns_dir: &Path) -> Result
         found.insert(pod.ifindex, pod);
     }
     let neighbours = neighbours(handle).await?;
-    for pod in by_route(handle, &veths).await?.into_iter().chain(by_bridge(&neighbours, &veths)) {
+    for pod in by_route(handle, &veths)
+        .await?
+        .into_iter()
+        .chain(by_bridge(&neighbours, &veths))
+    {
         found.entry(pod.ifindex).or_insert(pod);
     }
     for pod in found.values_mut().filter(|pod| pod.mac.is_none()) {
@@ -76,9 +80,12 @@ struct Inside {
 }
 
 async fn by_namespace(directory: PathBuf, veths: &BTreeMap<u32, &Link>) -> Result<Vec<PodVeth>, Error> {
-    let inside = tokio::task::spawn_blocking(move || look_inside(&directory)).await.map_err(|error| {
-        Error::Netlink { what: "look into the pods' namespaces".into(), detail: error.to_string() }
-    })?;
+    let inside = tokio::task::spawn_blocking(move || look_inside(&directory))
+        .await
+        .map_err(|error| Error::Netlink {
+            what: "look into the pods' namespaces".into(),
+            detail: error.to_string(),
+        })?;
     let mine = |inside: &Inside| {
         // The number alone may be that of another namespace's device: both ends must point at each other.
         veths.get(&inside.host_ifindex).is_some_and(|link| {
@@ -99,7 +106,9 @@ async fn by_namespace(directory: PathBuf, veths: &BTreeMap<u32, &Link>) -> Resul
 
 /// Every veth in every named namespace. One that vanishes meanwhile, or is no namespace, is passed over.
 fn look_inside(directory: &Path) -> Vec<Inside> {
-    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
     let own = netns::id(Path::new("/proc/thread-self/ns/net")).ok();
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
@@ -108,7 +117,9 @@ fn look_inside(directory: &Path) -> Vec<Inside> {
         if own == Some(id) || !seen.insert(id) {
             continue;
         }
-        let devices = netns::run_in_async(&path, async |net| Ok((net.links().await?, net.addresses().await?)));
+        let devices = netns::run_in_async(&path, async |net| {
+            Ok((net.links().await?, net.addresses().await?))
+        });
         match devices {
             Ok((links, addresses)) => found.extend(inside(&path, &links, &addresses)),
             Err(error) => tracing::debug!(%error, "namespace passed over"),
@@ -119,7 +130,10 @@ fn look_inside(directory: &Path) -> Vec<Inside> {
 
 fn inside(path: &Path, links: &[Link], addresses: &[(u32, IpNet)]) -> Vec<Inside> {
     let veth = |link: &Link| match link.kind {
-        LinkKind::Veth { peer_ifindex: Some(host_ifindex), peer_netnsid: Some(_) } => Some(Inside {
+        LinkKind::Veth {
+            peer_ifindex: Some(host_ifindex),
+            peer_netnsid: Some(_),
+        } => Some(Inside {
             path: path.to_owned(),
             ifindex: link.ifindex,
             host_ifindex,
@@ -149,14 +163,20 @@ async fn by_route(handle: &rtnetlink::Handle, veths: &BTreeMap<u32, &Link>) -> R
         request.header.address_family = family;
         let mut messages = Box::pin(handle.route().get(request).execute());
         while let Ok(Some(message)) = messages.try_next().await {
-            if let Some((ifindex, address)) = single_address(&message).filter(|(i, _)| veths.contains_key(i)) {
+            if let Some((ifindex, address)) = single_address(&message).filter(|(i, _)| veths.contains_key(i))
+            {
                 found.entry(ifindex).or_default().insert(address);
             }
         }
     }
     Ok(found
         .into_iter()
-        .map(|(ifindex, addresses)| PodVeth { ifindex, mac: None, addresses, seen_by: SeenBy::Route })
+        .map(|(ifindex, addresses)| PodVeth {
+            ifindex,
+            mac: None,
+            addresses,
+            seen_by: SeenBy::Route,
+        })
         .collect())
 }
 
@@ -177,7 +197,8 @@ fn single_address(message: &RouteMessage) -> Option<(u32, IpAddr)> {
     }
     let address = address?;
     let single = if address.is_ipv4() { 32 } else { 128 };
-    (message.header.destination_prefix_length == single && is_pod_like(address)).then_some((ifindex?, address))
+    (message.header.destination_prefix_length == single && is_pod_like(address))
+        .then_some((ifindex?, address))
 }
 
 struct Resolved {
@@ -194,15 +215,30 @@ struct Neighbours {
 }
 
 async fn neighbours(handle: &rtnetlink::Handle) -> Result<Neighbours, Error> {
-    let mut result = Neighbours { resolved: Vec::new(), learned: Vec::new() };
+    let mut result = Neighbours {
+        resolved: Vec::new(),
+        learned: Vec::new(),
+    };
     let mut messages = Box::pin(handle.neighbours().get().execute());
-    while let Some(message) = messages.try_next().await.map_err(Error::netlink("list the neighbours"))? {
+    while let Some(message) = messages
+        .try_next()
+        .await
+        .map_err(Error::netlink("list the neighbours"))?
+    {
         result.resolved.extend(resolved(&message));
     }
     // A kernel without bridges has no such table.
-    let mut messages = Box::pin(handle.neighbours().get().set_address_family(AddressFamily::Bridge).execute());
+    let mut messages = Box::pin(
+        handle
+            .neighbours()
+            .get()
+            .set_address_family(AddressFamily::Bridge)
+            .execute(),
+    );
     while let Ok(Some(message)) = messages.try_next().await {
-        result.learned.extend(mac(&message).map(|mac| (message.header.ifindex, mac)));
+        result
+            .learned
+            .extend(mac(&message).map(|mac| (message.header.ifindex, mac)));
     }
     Ok(result)
 }
@@ -221,7 +257,11 @@ fn resolved(message: &NeighbourMessage) -> Option<Resolved> {
         _ => None,
     })?;
     let mac = mac(message)?;
-    is_pod_like(address).then_some(Resolved { ifindex: message.header.ifindex, address, mac })
+    is_pod_like(address).then_some(Resolved {
+        ifindex: message.header.ifindex,
+        address,
+        mac,
+    })
 }
 
 /// Veths that are ports of a bridge: the MAC address joins the neighbour of the bridge and the port.
@@ -231,7 +271,9 @@ fn by_bridge(neighbours: &Neighbours, veths: &BTreeMap<u32, &Link>) -> Vec<PodVe
         let port = neighbours.learned.iter().find(|(port, mac)| {
             // A bridge lists the port's own address too; that one is the host's.
             *mac == entry.mac
-                && veths.get(port).is_some_and(|link| link.master == Some(entry.ifindex) && link.mac != Some(*mac))
+                && veths
+                    .get(port)
+                    .is_some_and(|link| link.master == Some(entry.ifindex) && link.mac != Some(*mac))
         });
         if let Some((port, mac)) = port {
             let pod = found.entry(*port).or_insert_with(|| PodVeth {

@@ -9,9 +9,7 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
-    route::{
-        RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
-    },
+    route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
 };
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -60,7 +58,11 @@ impl Route {
             (IpNet::V6(_), 0) => IPV6_DEFAULT_METRIC,
             (_, metric) => metric,
         };
-        Self { destination: self.destination.trunc(), metric, ..self.clone() }
+        Self {
+            destination: self.destination.trunc(),
+            metric,
+            ..self.clone()
+        }
     }
 
     fn key(&self) -> Key {
@@ -72,7 +74,10 @@ impl std::fmt::Display for Route {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &self.kind {
             RouteKind::Via { ifindex, src: None } => write!(f, "{} dev {ifindex}", self.destination)?,
-            RouteKind::Via { ifindex, src: Some(src) } => {
+            RouteKind::Via {
+                ifindex,
+                src: Some(src),
+            } => {
                 write!(f, "{} dev {ifindex} src {src}", self.destination)?;
             }
             RouteKind::Blackhole => write!(f, "blackhole {}", self.destination)?,
@@ -108,8 +113,11 @@ pub(crate) async fn list(handle: &rtnetlink::Handle) -> Result<Vec<Route>, Error
 }
 
 pub(crate) async fn apply(handle: &rtnetlink::Handle, desired: &[Route]) -> Result<RouteChanges, Error> {
-    let present: BTreeMap<Key, Route> =
-        list(handle).await?.into_iter().map(|route| (route.key(), route)).collect();
+    let present: BTreeMap<Key, Route> = list(handle)
+        .await?
+        .into_iter()
+        .map(|route| (route.key(), route))
+        .collect();
     let plan = plan(&present, desired);
     let mut changes = RouteChanges::default();
     for route in plan.set {
@@ -137,19 +145,34 @@ struct Plan {
 }
 
 /// Sets blackholes and throws before routes to devices, the more specific ones first: no throw opens what a
-/// blackhole inside it covers, no blackhole swallows what a throw inside it hands on. Deletes throws first (they
+/// blackhole inside it covers, no blackhole swallows what a throw inside it hands on. At equal length blackholes
+/// first: a node's own prefix is covered in `main` before another table throws it there. Deletes throws first (they
 /// open), then routes to devices, and blackholes last, the more specific ones first.
 fn plan(present: &BTreeMap<Key, Route>, desired: &[Route]) -> Plan {
-    let desired: BTreeMap<Key, Route> =
-        desired.iter().map(Route::normalised).map(|route| (route.key(), route)).collect();
-    let mut set: Vec<Route> =
-        desired.iter().filter(|(key, route)| present.get(key) != Some(route)).map(|(_, r)| r.clone()).collect();
+    let desired: BTreeMap<Key, Route> = desired
+        .iter()
+        .map(Route::normalised)
+        .map(|route| (route.key(), route))
+        .collect();
+    let mut set: Vec<Route> = desired
+        .iter()
+        .filter(|(key, route)| present.get(key) != Some(route))
+        .map(|(_, r)| r.clone())
+        .collect();
     set.sort_by_key(|route| {
         let via = matches!(route.kind, RouteKind::Via { .. });
-        (via, u8::MAX - route.destination.prefix_len(), route.table, route.kind != RouteKind::Throw)
+        (
+            via,
+            u8::MAX - route.destination.prefix_len(),
+            route.table,
+            route.kind != RouteKind::Throw,
+        )
     });
-    let mut delete: Vec<Route> =
-        present.iter().filter(|(key, _)| !desired.contains_key(key)).map(|(_, r)| r.clone()).collect();
+    let mut delete: Vec<Route> = present
+        .iter()
+        .filter(|(key, _)| !desired.contains_key(key))
+        .map(|(_, r)| r.clone())
+        .collect();
     delete.sort_by_key(|route| {
         let rank = match route.kind {
             RouteKind::Throw => 0,
@@ -176,7 +199,10 @@ async fn dump(handle: &rtnetlink::Handle) -> Result<Vec<RouteMessage>, Error> {
                 Err(error) => {
                     let error = Error::netlink("list the routes")(error);
                     // No route of ours in any table, or no such family in this kernel.
-                    if matches!(error.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) {
+                    if matches!(
+                        error.errno(),
+                        Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)
+                    ) {
                         break;
                     }
                     return Err(error);
@@ -209,13 +235,21 @@ pub(crate) fn parse(message: &RouteMessage) -> Option<Route> {
         }
     }
     let kind = match header.kind {
-        RouteType::Unicast => RouteKind::Via { ifindex: ifindex?, src },
+        RouteType::Unicast => RouteKind::Via {
+            ifindex: ifindex?,
+            src,
+        },
         RouteType::BlackHole => RouteKind::Blackhole,
         RouteType::Throw => RouteKind::Throw,
         _ => return None,
     };
     let destination = IpNet::new(destination, header.destination_prefix_length).ok()?;
-    Some(Route { table, destination, kind, metric })
+    Some(Route {
+        table,
+        destination,
+        kind,
+        metric,
+    })
 }
 
 fn ip(address: &RouteAddress) -> Option<IpAddr> {
@@ -253,7 +287,9 @@ fn message(route: &Route) -> RouteMessage {
         _ => RouteScope::Universe,
     };
     message.attributes.push(RouteAttribute::Table(route.table));
-    message.attributes.push(RouteAttribute::Destination(address(route.destination.network())));
+    message
+        .attributes
+        .push(RouteAttribute::Destination(address(route.destination.network())));
     if route.metric != 0 {
         message.attributes.push(RouteAttribute::Priority(route.metric));
     }
@@ -272,8 +308,10 @@ async fn set(handle: &rtnetlink::Handle, route: &Route, replace: bool) -> Result
     let mode = if replace { NLM_F_REPLACE } else { NLM_F_EXCL };
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | mode;
     let what = format!("set the route {route}");
-    let mut responses =
-        handle.clone().request(request).map_err(|error| Error::netlink(what.clone())(error))?;
+    let mut responses = handle
+        .clone()
+        .request(request)
+        .map_err(|error| Error::netlink(what.clone())(error))?;
     while let Some(response) = responses.next().await {
         if let NetlinkPayload::Error(error) = response.payload {
             return Err(Error::netlink(what)(rtnetlink::Error::NetlinkError(error)));
@@ -301,11 +339,23 @@ mod tests {
     use super::*;
 
     fn route(destination: &str, kind: RouteKind, metric: u32) -> Route {
-        Route { table: 4151, destination: destination.parse().expect("prefix"), kind, metric }
+        Route {
+            table: 4151,
+            destination: destination.parse().expect("prefix"),
+            kind,
+            metric,
+        }
     }
 
     fn via(destination: &str) -> Route {
-        route(destination, RouteKind::Via { ifindex: 7, src: None }, 0)
+        route(
+            destination,
+            RouteKind::Via {
+                ifindex: 7,
+                src: None,
+            },
+            0,
+        )
     }
 
     #[test]
@@ -323,7 +373,10 @@ mod tests {
     fn throws_come_before_the_blackholes_of_their_table() {
         let throw = route("10.1.0.0/24", RouteKind::Throw, 0);
         let pool = route("10.0.0.0/8", RouteKind::Blackhole, 4_000_000_001);
-        let own = Route { table: 254, ..route("10.1.0.0/24", RouteKind::Blackhole, 4_000_000_000) };
+        let own = Route {
+            table: 254,
+            ..route("10.1.0.0/24", RouteKind::Blackhole, 4_000_000_000)
+        };
         let plan = plan(&BTreeMap::new(), &[pool.clone(), throw.clone(), own.clone()]);
         assert_eq!(plan.set, [own, throw, pool]);
     }
@@ -334,6 +387,12 @@ mod tests {
         assert_eq!(six.metric, IPV6_DEFAULT_METRIC);
         let present = [(six.key(), six)].into();
         let plan = plan(&present, &[via("fd00::/64")]);
-        assert_eq!(plan, Plan { set: vec![], delete: vec![] });
+        assert_eq!(
+            plan,
+            Plan {
+                set: vec![],
+                delete: vec![]
+            }
+        );
     }
 }

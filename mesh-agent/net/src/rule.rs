@@ -115,7 +115,11 @@ pub(crate) async fn apply(handle: &rtnetlink::Handle, desired: &[Rule]) -> Resul
 
 fn normalised(rule: &Rule) -> Rule {
     let prefix = |net: Option<IpNet>| net.map(|net| net.trunc()).filter(|net| net.prefix_len() > 0);
-    Rule { from: prefix(rule.from), to: prefix(rule.to), ..rule.clone() }
+    Rule {
+        from: prefix(rule.from),
+        to: prefix(rule.to),
+        ..rule.clone()
+    }
 }
 
 pub(crate) fn parse(message: &RuleMessage) -> Option<Rule> {
@@ -141,7 +145,11 @@ pub(crate) fn parse(message: &RuleMessage) -> Option<Rule> {
         }
     }
     let prefix = |address, length: u8| {
-        if length == 0 { None } else { IpNet::new(address, length).ok() }
+        if length == 0 {
+            None
+        } else {
+            IpNet::new(address, length).ok()
+        }
     };
     ours.then(|| Rule {
         family,
@@ -162,7 +170,9 @@ fn message(rule: &Rule) -> RuleMessage {
     message.header.table = u8::try_from(rule.table).unwrap_or(RouteHeader::RT_TABLE_UNSPEC);
     message.attributes.push(RuleAttribute::Table(rule.table));
     message.attributes.push(RuleAttribute::Priority(rule.priority));
-    message.attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
+    message
+        .attributes
+        .push(RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
     if let Some(from) = rule.from {
         message.header.src_len = from.prefix_len();
         message.attributes.push(RuleAttribute::Source(from.network()));
@@ -178,8 +188,10 @@ async fn add(handle: &rtnetlink::Handle, rule: &Rule) -> Result<(), Error> {
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRule(message(rule)));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
     let what = format!("add the routing rule {rule}");
-    let mut responses =
-        handle.clone().request(request).map_err(|error| Error::netlink(what.clone())(error))?;
+    let mut responses = handle
+        .clone()
+        .request(request)
+        .map_err(|error| Error::netlink(what.clone())(error))?;
     while let Some(response) = responses.next().await {
         if let NetlinkPayload::Error(error) = response.payload {
             return Err(Error::netlink(what)(rtnetlink::Error::NetlinkError(error)));

@@ -8,10 +8,17 @@ use crate::Error;
 
 /// Runs a tool with `input` on its standard input and returns what it wrote to its standard output.
 pub(crate) async fn run(tool: &str, arguments: &[&str], input: Option<&str>) -> Result<String, Error> {
-    let failed = |source: io::Error| Error::NoTool { tool: tool.to_owned(), source };
+    let failed = |source: io::Error| Error::NoTool {
+        tool: tool.to_owned(),
+        source,
+    };
     let mut child = Command::new(tool)
         .args(arguments)
-        .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
+        .stdin(if input.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
@@ -30,13 +37,27 @@ pub(crate) async fn run(tool: &str, arguments: &[&str], input: Option<&str>) -> 
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    let message = said.split('\n').map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
-    let message = if message.is_empty() { output.status.to_string() } else { message };
-    Err(Error::Tool { tool: format!("{tool} {}", arguments.join(" ")), message })
+    let message = said
+        .split('\n')
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join("; ");
+    let message = if message.is_empty() {
+        output.status.to_string()
+    } else {
+        message
+    };
+    Err(Error::Tool {
+        tool: format!("{tool} {}", arguments.join(" ")),
+        message,
+    })
 }
 
 /// Whether the tool can be found on the search path.
 pub(crate) fn exists(tool: &str) -> bool {
-    let Some(path) = std::env::var_os("PATH") else { return false };
+    let Some(path) = std::env::var_os("PATH") else {
+        return false;
+    };
     std::env::split_paths(&path).any(|directory| directory.join(tool).is_file())
 }

@@ -10,12 +10,26 @@ nix::ioctl_write_int_bad!(set_persistent, libc::TUNSETPERSIST);
 
 /// Makes the persistent TUN device `name` without packet information header, or attaches to it for a moment.
 pub(crate) fn make_persistent(name: &str) -> Result<(), Error> {
-    let failed = |what| move |source: io::Error| Error::Tun { name: name.to_owned(), what, source };
-    let file =
-        OpenOptions::new().read(true).write(true).open("/dev/net/tun").map_err(failed("open /dev/net/tun"))?;
+    let failed = |what| {
+        move |source: io::Error| Error::Tun {
+            name: name.to_owned(),
+            what,
+            source,
+        }
+    };
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .map_err(failed("open /dev/net/tun"))?;
     // SAFETY: ifreq is plain data for which all zeros is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().take(libc::IFNAMSIZ - 1).zip(name.bytes()) {
+    for (to, from) in request
+        .ifr_name
+        .iter_mut()
+        .take(libc::IFNAMSIZ - 1)
+        .zip(name.bytes())
+    {
         *to = from.cast_signed();
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
@@ -23,6 +37,7 @@ pub(crate) fn make_persistent(name: &str) -> Result<(), Error> {
     unsafe { set_interface(file.as_raw_fd(), &raw const request) }
         .map_err(|errno| failed("attach")(errno.into()))?;
     // SAFETY: the descriptor is open and attached; the argument is a plain integer.
-    unsafe { set_persistent(file.as_raw_fd(), 1) }.map_err(|errno| failed("make it persistent")(errno.into()))?;
+    unsafe { set_persistent(file.as_raw_fd(), 1) }
+        .map_err(|errno| failed("make it persistent")(errno.into()))?;
     Ok(())
 }

@@ -41,8 +41,10 @@ const GROUPS: [MulticastGroup; 7] = [
 
 pub(crate) fn watch() -> Result<impl Stream<Item = LinkEvent> + Send + Unpin + use<>, Error> {
     let first = subscribe()?;
-    // The stream of a socket ends when it cannot be read or decoded; open another one in its place, and say that
-    // something was missed. Where none can be opened, the stream ends for good.
+    // The stream of a socket ends when it was overrun, or cannot be read or decoded: open another one in its place,
+    // and say that something was missed. An overrun socket goes on losing events in silence until its queue was
+    // empty once, so listing again while it is in use would still miss some. Where no socket can be opened, the
+    // stream ends for good.
     let stream = futures::stream::unfold(Some(first), |state| async move {
         let mut messages = state?;
         match messages.next().await {
@@ -62,18 +64,21 @@ pub(crate) fn watch() -> Result<impl Stream<Item = LinkEvent> + Send + Unpin + u
 fn subscribe() -> Result<Pin<Box<dyn Stream<Item = LinkEvent> + Send>>, Error> {
     let (connection, handle, messages) = rtnetlink::new_multicast_connection(&GROUPS).map_err(Error::Open)?;
     tokio::spawn(connection);
-    Ok(Box::pin(messages.filter_map(move |(message, _)| {
-        // The connection ends with its last handle: keep it as long as the stream.
-        let _keep = &handle;
-        std::future::ready(event(&message))
-    })))
+    let intact = |(message, _): &(NetlinkMessage<RouteNetlinkMessage>, _)| {
+        std::future::ready(!matches!(message.payload, NetlinkPayload::Overrun(_)))
+    };
+    Ok(Box::pin(messages.take_while(intact).filter_map(
+        move |(message, _)| {
+            // The connection ends with its last handle: keep it as long as the stream.
+            let _keep = &handle;
+            std::future::ready(event(&message))
+        },
+    )))
 }
 
 fn event(message: &NetlinkMessage<RouteNetlinkMessage>) -> Option<LinkEvent> {
-    let inner = match &message.payload {
-        NetlinkPayload::InnerMessage(inner) => inner,
-        NetlinkPayload::Overrun(_) => return Some(LinkEvent::Resync),
-        _ => return None,
+    let NetlinkPayload::InnerMessage(inner) = &message.payload else {
+        return None;
     };
     match inner {
         RouteNetlinkMessage::NewLink(message) => link::parse(message).map(LinkEvent::Changed),
