@@ -14,7 +14,11 @@ fn main() -> ExitCode {
         eprintln!("usage: warren-tunnel-engine RUN_DIR [DEVICE...]");
         return ExitCode::from(2);
     };
-    let config = EngineConfig { run_dir: run_dir.into(), devices: arguments.collect(), ..EngineConfig::default() };
+    let config = EngineConfig {
+        run_dir: run_dir.into(),
+        devices: arguments.collect(),
+        ..EngineConfig::default()
+    };
     match engine::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
