@@ -3,6 +3,7 @@
 //! This crate holds types and their schemas: no client, no tokio, no IO. `cargo xtask generate` writes
 //! [`all`] to `crds/generated/`.
 
+pub mod cilium;
 mod identity;
 mod node;
 mod state;

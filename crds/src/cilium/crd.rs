@@ -2,7 +2,9 @@
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::core::schema::{OptionalEnum, OptionalIntOrString, StructuralSchemaRewriter};
-use schemars::{JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, json_schema, transform::AddNullable};
+use schemars::{
+    JsonSchema, Schema, SchemaGenerator, generate::SchemaSettings, json_schema, transform::AddNullable,
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -36,13 +38,21 @@ pub fn all() -> Vec<CustomResourceDefinition> {
     });
     [
         definition(
-            ("CiliumNetworkPolicy", "ciliumnetworkpolicy", "ciliumnetworkpolicies"),
+            (
+                "CiliumNetworkPolicy",
+                "ciliumnetworkpolicy",
+                "ciliumnetworkpolicies",
+            ),
             "Namespaced",
             json!(["cnp", "ciliumnp"]),
             (&policy, &columns, true),
         ),
         definition(
-            ("CiliumClusterwideNetworkPolicy", "ciliumclusterwidenetworkpolicy", "ciliumclusterwidenetworkpolicies"),
+            (
+                "CiliumClusterwideNetworkPolicy",
+                "ciliumclusterwidenetworkpolicy",
+                "ciliumclusterwidenetworkpolicies",
+            ),
             "Cluster",
             json!(["ccnp"]),
             (&policy, &columns, true),

@@ -18,8 +18,8 @@ pub use object::{
 pub use parse::{check, check_group, parse, parse_group, policy_ref};
 pub use spec::{
     CidrRule, EgressDenyRule, EgressRule, EnableDefaultDeny, IcmpField, IcmpRule, IcmpType, IngressDenyRule,
-    IngressRule, K8sServiceNamespace, K8sServiceSelectorNamespace, LabelSelector, LabelSelectorRequirement, Log,
-    PolicyRule, PortProtocol, PortRule, RuleLabel, Service,
+    IngressRule, K8sServiceNamespace, K8sServiceSelectorNamespace, LabelSelector, LabelSelectorRequirement,
+    Log, PolicyRule, PortProtocol, PortRule, RuleLabel, Service,
 };
 pub use status::{condition, valid_condition};
 

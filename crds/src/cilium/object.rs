@@ -141,4 +141,10 @@ pub struct CiliumCIDRGroupSpec {
     pub external_cidrs: Vec<String>,
 }
 
-resource!(CiliumCIDRGroup, "CiliumCIDRGroup", "ciliumcidrgroups", ClusterResourceScope, group_kind);
+resource!(
+    CiliumCIDRGroup,
+    "CiliumCIDRGroup",
+    "ciliumcidrgroups",
+    ClusterResourceScope,
+    group_kind
+);

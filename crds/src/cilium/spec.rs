@@ -128,9 +128,6 @@ object! {
         #[schemars(schema_with = "super::crd::any_list")]
         from_groups: Value,
         /// Kept, not enforced.
-        #[schemars(schema_with = "super::crd::any_list")]
-        from_requires: Value,
-        /// Kept, not enforced.
         #[schemars(schema_with = "super::crd::any_object")]
         authentication: Value,
     }
@@ -158,9 +155,6 @@ object! {
         /// Kept, not enforced.
         #[schemars(schema_with = "super::crd::any_list")]
         from_groups: Value,
-        /// Kept, not enforced.
-        #[schemars(schema_with = "super::crd::any_list")]
-        from_requires: Value,
     }
 }
 
@@ -192,9 +186,6 @@ object! {
         #[schemars(schema_with = "super::crd::any_list")]
         to_groups: Value,
         /// Kept, not enforced.
-        #[schemars(schema_with = "super::crd::any_list")]
-        to_requires: Value,
-        /// Kept, not enforced.
         #[schemars(schema_with = "super::crd::any_object")]
         authentication: Value,
     }
@@ -224,9 +215,6 @@ object! {
         /// Kept, not enforced.
         #[schemars(schema_with = "super::crd::any_list")]
         to_groups: Value,
-        /// Kept, not enforced.
-        #[schemars(schema_with = "super::crd::any_list")]
-        to_requires: Value,
     }
 }
 

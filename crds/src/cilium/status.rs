@@ -7,12 +7,18 @@ use warren_model::policy::{PolicyError, Rule};
 /// the message then says which and what happens instead.
 pub fn valid_condition<S>(outcome: &Result<Vec<Rule<S>>, PolicyError>) -> (bool, String) {
     match outcome {
-        Err(error) => (false, format!("{error}. The object enforces nothing until this is corrected.")),
+        Err(error) => (
+            false,
+            format!("{error}. The object enforces nothing until this is corrected."),
+        ),
         Ok(rules) => {
             let notes: Vec<_> = rules.iter().flat_map(Rule::notes).collect();
             match notes.is_empty() {
                 true => (true, "The policy is enforced.".into()),
-                false => (true, format!("The policy is enforced, except: {}.", notes.join("; "))),
+                false => (
+                    true,
+                    format!("The policy is enforced, except: {}.", notes.join("; ")),
+                ),
             }
         }
     }
@@ -27,7 +33,9 @@ pub fn condition(
     previous: Option<&Condition>,
 ) -> Condition {
     let status = if valid { "True" } else { "False" };
-    let since = previous.filter(|p| p.status == status).map_or(now, |p| p.last_transition_time.clone());
+    let since = previous
+        .filter(|p| p.status == status)
+        .map_or(now, |p| p.last_transition_time.clone());
     Condition {
         type_: "Valid".into(),
         status: status.into(),

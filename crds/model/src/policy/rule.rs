@@ -175,8 +175,6 @@ pub enum Unenforced {
     Proxy,
     /// `fromGroups`, `toGroups`.
     Groups,
-    /// `fromRequires`, `toRequires`.
-    Requires,
 }
 
 impl Unenforced {
@@ -192,7 +190,6 @@ impl Unenforced {
             Self::Authentication => "authentication",
             Self::Proxy => "TLS and proxy settings",
             Self::Groups => "cloud groups",
-            Self::Requires => "fromRequires and toRequires",
         }
     }
 }
