@@ -16,8 +16,10 @@ pub mod cni;
 pub mod manifests;
 pub mod net;
 mod node;
+mod options;
 mod pod;
 pub mod process;
+mod running;
 pub mod wait;
 
 use std::{
@@ -35,18 +37,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use warren_model::{ClusterConfig, DatapathChoice, PrefixSource};
+use warren_model::{ClusterConfig, PrefixSource};
 
 pub use self::{
     cni::MainPlugin,
     node::{AGENT_SOCKET, KEYD_SOCKET, Node},
+    options::LabOptions,
     pod::{Flow, PORT, Pod, PodSpec, ask_from, ping_from},
     process::{Place, Process},
+    running::{RunningLab, running},
 };
 use self::{
     manifests::Manifests,
     process::{ALL, NET},
-    wait::wait_until,
 };
 use crate::{
     capture::{Capture, Mesh},
@@ -57,36 +60,6 @@ use crate::{
 pub const KEEP_VARIABLE: &str = "WARREN_LAB_KEEP";
 /// The start of every lab folder's name.
 const PREFIX: &str = "warren-lab-";
-
-/// What lab to build.
-#[derive(Debug, Clone)]
-pub struct LabOptions {
-    /// Number of nodes: `node1`, `node2`, ...
-    pub nodes: u8,
-    /// `false` is the power check: the same lab, traffic in clear.
-    pub encryption: bool,
-    /// Where pod prefixes come from.
-    pub prefix_source: PrefixSource,
-    /// Run `keyd` and the agents, and chain `warren-cni`. Without, the lab is a plain routed cluster.
-    pub warren: bool,
-    /// The plugin of node 1, 2, ...; repeated when there are more nodes. `podIP` labs always use `ptp`.
-    pub plugins: Vec<MainPlugin>,
-    /// Changes to the cluster's configuration before it is written.
-    pub tune: fn(&mut ClusterConfig),
-}
-
-impl Default for LabOptions {
-    fn default() -> Self {
-        Self {
-            nodes: 3,
-            encryption: true,
-            prefix_source: PrefixSource::PodCidr,
-            warren: true,
-            plugins: vec![MainPlugin::Ptp, MainPlugin::Bridge],
-            tune: |_| {},
-        }
-    }
-}
 
 /// What nodes and pods share of their lab.
 #[derive(Debug)]
@@ -157,7 +130,7 @@ impl Lab {
             app: app.clone(),
             name: format!("the underlay of lab {id}"),
         };
-        let config = cluster_config(&options);
+        let config = options.cluster_config();
         let shared = Shared {
             manifests: Manifests::create(dir.join("manifests"))?,
             id,
@@ -474,83 +447,6 @@ pub(crate) fn start_reaper(dir: &Path, id: &str) -> Result<(Child, ChildStdin, u
         }
     }
     Ok((reaper, pipe, pid.unwrap_or_default()))
-}
-
-fn cluster_config(options: &LabOptions) -> ClusterConfig {
-    let mut config = ClusterConfig {
-        cluster_name: "lab".into(),
-        encryption: options.encryption,
-        pod_pools: net::pod_pools().to_vec(),
-        node_pools: net::node_pools().to_vec(),
-        service_cidrs: Vec::new(),
-        prefix_source: options.prefix_source,
-        datapath: DatapathChoice::Userspace,
-        wireguard_port: 51871,
-        keyd_port: 4250,
-        apiserver_port: 6443,
-        keepalive_seconds: 25,
-        mark_mask: 0x3f7f,
-        snapshot_expiry_seconds: 24 * 3600,
-    };
-    (options.tune)(&mut config);
-    config
-}
-
-/// A lab that runs, as its folder shows it.
-#[derive(Debug, Clone)]
-pub struct RunningLab {
-    /// Its id.
-    pub id: String,
-    /// The process whose end removes it.
-    pub reaper: u32,
-    /// Its folder.
-    pub dir: PathBuf,
-}
-
-/// The labs that run on this machine.
-pub fn running() -> Result<Vec<RunningLab>> {
-    let mut labs = Vec::new();
-    for entry in fs::read_dir(std::env::temp_dir())?.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(id) = name.strip_prefix(PREFIX) else {
-            continue;
-        };
-        let Ok(pid) = fs::read_to_string(entry.path().join("reaper.pid")) else {
-            continue;
-        };
-        let Ok(reaper) = pid.trim().parse::<u32>() else {
-            continue;
-        };
-        // The number may have been given to another process since.
-        let line = fs::read(format!("/proc/{reaper}/cmdline")).unwrap_or_default();
-        if line.split(|byte| *byte == 0).any(|word| word == id.as_bytes()) {
-            labs.push(RunningLab {
-                id: id.to_owned(),
-                reaper,
-                dir: entry.path(),
-            });
-        }
-    }
-    Ok(labs)
-}
-
-impl RunningLab {
-    /// Removes it and waits until it is gone.
-    pub fn remove(&self) -> Result<()> {
-        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.reaper)?);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).context("cannot signal the reaper")?;
-        wait_until(
-            Duration::from_secs(20),
-            &format!("lab {} is removed", self.id),
-            || {
-                ensure!(
-                    !self.dir.join("underlay.pid").exists(),
-                    "its folder is still there"
-                );
-                Ok(())
-            },
-        )
-    }
 }
 
 /// Addresses of one family out of a list.

@@ -1,0 +1,59 @@
+//! What lab to build.
+
+use warren_model::{ClusterConfig, DatapathChoice, PrefixSource};
+
+use super::{cni::MainPlugin, net};
+
+/// What lab to build.
+#[derive(Debug, Clone)]
+pub struct LabOptions {
+    /// Number of nodes: `node1`, `node2`, ...
+    pub nodes: u8,
+    /// `false` is the power check: the same lab, traffic in clear.
+    pub encryption: bool,
+    /// Where pod prefixes come from.
+    pub prefix_source: PrefixSource,
+    /// Run `keyd` and the agents, and chain `warren-cni`. Without, the lab is a plain routed cluster.
+    pub warren: bool,
+    /// The plugin of node 1, 2, ...; repeated when there are more nodes. `podIP` labs always use `ptp`.
+    pub plugins: Vec<MainPlugin>,
+    /// Changes to the cluster's configuration before it is written.
+    pub tune: fn(&mut ClusterConfig),
+}
+
+impl Default for LabOptions {
+    fn default() -> Self {
+        Self {
+            nodes: 3,
+            encryption: true,
+            prefix_source: PrefixSource::PodCidr,
+            warren: true,
+            plugins: vec![MainPlugin::Ptp, MainPlugin::Bridge],
+            tune: |_| {},
+        }
+    }
+}
+
+impl LabOptions {
+    /// The cluster's configuration in such a lab.
+    pub(super) fn cluster_config(&self) -> ClusterConfig {
+        let options = self;
+        let mut config = ClusterConfig {
+            cluster_name: "lab".into(),
+            encryption: options.encryption,
+            pod_pools: net::pod_pools().to_vec(),
+            node_pools: net::node_pools().to_vec(),
+            service_cidrs: Vec::new(),
+            prefix_source: options.prefix_source,
+            datapath: DatapathChoice::Userspace,
+            wireguard_port: 51871,
+            keyd_port: 4250,
+            apiserver_port: 6443,
+            keepalive_seconds: 25,
+            mark_mask: 0x3f7f,
+            snapshot_expiry_seconds: 24 * 3600,
+        };
+        (options.tune)(&mut config);
+        config
+    }
+}
