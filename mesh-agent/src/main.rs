@@ -1,3 +1,29 @@
-//! See Cargo.toml.
+//! The node agent: wiring only.
 
-fn main() {}
+mod adopt;
+mod cli;
+mod cni;
+mod config;
+mod files;
+mod keyd;
+mod machine;
+mod metrics;
+mod runner;
+mod server;
+mod status;
+mod tunnel;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let arguments = cli::Cli::parse();
+    arguments.init_logging();
+    match arguments.command {
+        cli::Command::Run(options) => runner::main(options),
+        cli::Command::Tunnel(options) => tunnel::main(&options),
+        cli::Command::Encrypt(cli::Encrypt::Status(options)) => status::encrypt_main(&options),
+        cli::Command::Status(options) => status::agent_main(&options),
+    }
+}

@@ -169,6 +169,19 @@ impl Action {
         }
     }
 
+    /// Whether it decides to whom an address belongs, here or on the device.
+    pub fn changes_mapping(&self) -> bool {
+        matches!(
+            self,
+            Self::SetOwner(..)
+                | Self::RemoveOwner(_)
+                | Self::RemovePath(_)
+                | Self::RemovePeer { .. }
+                | Self::RemoveAllowedIp { .. }
+                | Self::RemoveRoute(_, Route::Tunnel { .. })
+        )
+    }
+
     /// What the step is about: steps with the same subject share their retries.
     pub fn subject(&self) -> String {
         self.to_string()

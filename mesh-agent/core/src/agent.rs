@@ -45,6 +45,8 @@ pub struct Agent {
     retries: Retries,
     /// Gates that failed in the plan that is being executed.
     shut: BTreeSet<Gate>,
+    /// Steps of the last plan that have not succeeded yet, by subject.
+    open: BTreeMap<String, Action>,
     desired: State,
     problems: Vec<String>,
     adopted: bool,
@@ -61,6 +63,7 @@ impl Agent {
             given: BTreeMap::new(),
             retries: Retries::default(),
             shut: BTreeSet::new(),
+            open: BTreeMap::new(),
             desired: State::default(),
             problems: Vec::new(),
             adopted: false,
@@ -94,6 +97,11 @@ impl Agent {
     /// A pod came (CNI ADD), or was found. Returns its index, `None` when all are in use.
     pub fn add_endpoint(&mut self, endpoint: Endpoint, held: &State) -> Option<u16> {
         self.endpoints.add(endpoint, &held.endpoints)
+    }
+
+    /// Forgets a pod that could not be set up.
+    pub fn drop_endpoint(&mut self, index: u16) {
+        self.endpoints.remove(index);
     }
 
     /// CNI DEL: returns the endpoint where there is one that was not deleted before.
@@ -163,8 +171,8 @@ impl Agent {
         self.refresh(observed);
         let prune = self.directory.is_some() || !self.settings.config.encryption;
         let steps = plan(&self.desired, &observed.state, prune);
-        let subjects: BTreeSet<String> = steps.iter().map(Action::subject).collect();
-        self.retries.retain(|subject| subjects.contains(subject));
+        self.open = steps.iter().map(|step| (step.subject(), step.clone())).collect();
+        self.retries.retain(|subject| self.open.contains_key(subject));
         self.shut.clear();
         let mut due = Vec::with_capacity(steps.len());
         for step in steps {
@@ -266,6 +274,7 @@ impl Agent {
         match result {
             Ok(()) => {
                 self.retries.succeeded(&step.subject());
+                self.open.remove(&step.subject());
                 if let Action::SetPeer {
                     slot,
                     peer,
@@ -281,6 +290,35 @@ impl Agent {
                 self.shut.extend(step.guards());
             }
         }
+    }
+
+    /// Whether the directory's mapping of addresses to nodes is in force: nobody is reached, or believed, under a
+    /// mapping of before.
+    pub fn mapping_settled(&self) -> bool {
+        !self.open.values().any(Action::changes_mapping)
+    }
+
+    /// Whether a local pod is programmed, so that its traffic may flow.
+    pub fn endpoint_ready(&self, index: u16) -> bool {
+        let Some(endpoint) = self.endpoints.get(index) else { return false };
+        let throws = |prefix: &ipnet::IpNet| endpoint.addresses.iter().any(|address| prefix.contains(address));
+        let concerns = |step: &Action| match step {
+            Action::SetEndpoint(ifindex, _) | Action::Attach(ifindex, _) => *ifindex == endpoint.ifindex,
+            Action::SetRoute(key, crate::state::Route::Throw) => throws(&key.prefix),
+            Action::SetFirewall(_) => true,
+            _ => false,
+        };
+        self.desired.endpoints.contains_key(&endpoint.ifindex) && !self.open.values().any(concerns)
+    }
+
+    /// How many steps are left to do.
+    pub fn outstanding(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Steps that wait for their next try are due at once: what they rest on has come back.
+    pub fn retry_now(&mut self) {
+        self.retries.hurry();
     }
 
     /// When a step that failed is due again.

@@ -88,6 +88,12 @@ impl Endpoints {
         Some(endpoint.clone())
     }
 
+    /// Forgets an endpoint.
+    pub fn remove(&mut self, index: u16) -> Option<Endpoint> {
+        self.order.retain(|i| *i != index);
+        self.entries.remove(&index)
+    }
+
     /// Sets the identity of an endpoint.
     pub fn set_identity(&mut self, index: u16, identity: IdentityId) {
         if let Some(endpoint) = self.entries.get_mut(&index) {

@@ -58,6 +58,11 @@ impl Retries {
         self.0.retain(|subject, _| wanted(subject));
     }
 
+    /// Makes everything due at once.
+    pub fn hurry(&mut self) {
+        self.0.values_mut().for_each(|failure| failure.not_before = Duration::ZERO);
+    }
+
     /// When the next step is due.
     pub fn next(&self) -> Option<Duration> {
         self.0.values().map(|failure| failure.not_before).min()

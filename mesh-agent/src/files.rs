@@ -1,0 +1,260 @@
+//! What the agent keeps on disk: keys, last good snapshot, endpoints, trust. Every file is replaced as a whole
+//! (written beside, synced, renamed) and readable by root alone.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::{Deserialize, Serialize};
+use warren_agent_core::{Endpoint, Endpoints};
+use warren_keyd_api::{
+    proof,
+    snapshot::{Directory, SnapshotRoot},
+};
+use warren_model::{Datapath, PrivateKey};
+use zeroize::Zeroizing;
+
+/// The state directory.
+#[derive(Debug, Clone)]
+pub(crate) struct StateDir(PathBuf);
+
+/// Pods of this node as they are kept across restarts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct SavedEndpoints {
+    pub(crate) endpoints: Endpoints,
+    /// Pods that are gone and whose end `keyd` has perhaps not heard of.
+    #[serde(default)]
+    pub(crate) unreported: Vec<Endpoint>,
+    /// Interface indexes mean nothing after a reboot.
+    pub(crate) boot_id: String,
+}
+
+impl StateDir {
+    /// Opens the directory, making it where it does not exist.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        for directory in [path.to_owned(), path.join("keys"), path.join("trust")] {
+            make_private_dir(&directory)?;
+        }
+        Ok(Self(path.to_owned()))
+    }
+
+    /// Where trust material is kept.
+    pub(crate) fn trust(&self) -> PathBuf {
+        self.0.join("trust")
+    }
+
+    /// The key of a slot; made on the first start. A file that is there but cannot be used is an error: a new key
+    /// in its place would cut this node off without anybody having asked for it.
+    pub(crate) fn slot_key(&self, slot: u8) -> Result<PrivateKey> {
+        let path = self.0.join("keys").join(format!("slot{slot}.key"));
+        let text = match fs::read(&path) {
+            Ok(text) => Zeroizing::new(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return new_key(&path),
+            Err(error) => bail!("cannot read the key file {}: {error}; restore it or remove it", path.display()),
+        };
+        let damaged = || {
+            format!("the key file {} is damaged: restore it, or remove it to get a new key", path.display())
+        };
+        let trimmed = std::str::from_utf8(&text).ok().map(str::trim).with_context(damaged)?;
+        let bytes = Zeroizing::new(STANDARD.decode(trimmed).ok().with_context(damaged)?);
+        let bytes: Zeroizing<[u8; 32]> =
+            Zeroizing::new(bytes.as_slice().try_into().ok().with_context(damaged)?);
+        let mode = fs::metadata(&path).with_context(damaged)?.permissions().mode();
+        if mode & 0o077 != 0 {
+            tracing::warn!(file = %path.display(), "the key file was readable by others: restricted to root");
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(damaged)?;
+        }
+        Ok(PrivateKey::from_bytes(*bytes))
+    }
+
+    /// The last good snapshot. A damaged file is a warning: the agent starts as without one.
+    pub(crate) fn load_snapshot(&self, root: SnapshotRoot) -> Option<Directory> {
+        let path = self.0.join("snapshot");
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+            Err(error) => {
+                tracing::warn!(file = %path.display(), %error, "the snapshot cannot be read: starting without one");
+                return None;
+            }
+        };
+        match Directory::from_file(root, &bytes) {
+            Ok(directory) => Some(directory),
+            Err(error) => {
+                tracing::warn!(file = %path.display(), %error, "the snapshot is not usable: starting without one");
+                None
+            }
+        }
+    }
+
+    /// Keeps a snapshot's file form.
+    pub(crate) fn save_snapshot(&self, bytes: &[u8]) -> Result<()> {
+        write_private(&self.0.join("snapshot"), bytes)
+    }
+
+    /// Pods as they were before a restart; none after a reboot. A damaged file is a warning: pods are then found
+    /// by their devices.
+    pub(crate) fn load_endpoints(&self) -> SavedEndpoints {
+        let path = self.0.join("endpoints.json");
+        let fresh = || SavedEndpoints { boot_id: boot_id(), ..SavedEndpoints::default() };
+        let Ok(text) = fs::read(&path) else { return fresh() };
+        match serde_json::from_slice::<SavedEndpoints>(&text) {
+            Ok(saved) if saved.boot_id == boot_id() => saved,
+            Ok(saved) => {
+                let gone = saved.endpoints.iter().map(|(_, endpoint)| endpoint.clone());
+                let unreported = saved.unreported.iter().cloned().chain(gone).collect();
+                SavedEndpoints { unreported, ..fresh() }
+            }
+            Err(error) => {
+                tracing::warn!(file = %path.display(), %error, "the saved pods cannot be read: looking for them");
+                fresh()
+            }
+        }
+    }
+
+    /// Keeps the pods.
+    pub(crate) fn save_endpoints(&self, saved: &SavedEndpoints) -> Result<()> {
+        write_private(&self.0.join("endpoints.json"), &serde_json::to_vec_pretty(saved)?)
+    }
+
+    /// The datapath that this node ran with before.
+    pub(crate) fn read_datapath(&self) -> Result<Option<Datapath>> {
+        let path = self.0.join("datapath");
+        match fs::read_to_string(&path) {
+            Ok(text) if text.trim() == "kernel" => Ok(Some(Datapath::Kernel)),
+            Ok(text) if text.trim() == "userspace" => Ok(Some(Datapath::Userspace)),
+            Ok(text) => bail!("{} says {:?}: write kernel or userspace, or remove it", path.display(), text.trim()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    /// Remembers the datapath.
+    pub(crate) fn write_datapath(&self, datapath: Datapath) -> Result<()> {
+        if self.read_datapath()? == Some(datapath) {
+            return Ok(());
+        }
+        write_private(&self.0.join("datapath"), format!("{datapath}\n").as_bytes())
+    }
+}
+
+fn new_key(path: &Path) -> Result<PrivateKey> {
+    let key = proof::generate_private_key().context("cannot make a key")?;
+    let text = Zeroizing::new(format!("{}\n", *Zeroizing::new(STANDARD.encode(key.expose()))));
+    write_private(path, text.as_bytes())?;
+    tracing::info!(file = %path.display(), "made this node's key");
+    Ok(key)
+}
+
+/// Changes with every boot of the machine, and with the network namespace that interface indexes belong to.
+fn boot_id() -> String {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let namespace = fs::read_link("/proc/thread-self/ns/net").unwrap_or_default();
+    format!("{} {}", boot.trim(), namespace.display())
+}
+
+/// Makes a directory, with its parents, that only root may enter.
+pub(crate) fn make_private_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+/// Replaces a file: written beside it, synced, renamed, directory synced. Mode 0600 from the first moment.
+pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
+    let context = || format!("cannot write {}", path.display());
+    let directory = path.parent().with_context(context)?;
+    let name = path.file_name().with_context(context)?.to_string_lossy();
+    let beside = directory.join(format!(".{name}.new"));
+    let write = || -> io::Result<()> {
+        match fs::remove_file(&beside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&beside, path)?;
+        File::open(directory)?.sync_all()
+    };
+    write().with_context(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_made_once_and_a_damaged_file_is_never_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        let key = state.slot_key(0).unwrap();
+        assert!(state.slot_key(0).unwrap() == key);
+        let path = directory.path().join("keys/slot0.key");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        for damage in ["", "AAAA", "not a key", "\u{fffd}"] {
+            fs::write(&path, damage).unwrap();
+            let error = format!("{:#}", state.slot_key(0).unwrap_err());
+            assert!(error.contains("slot0.key") && !error.contains('\n'), "{error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), damage);
+        }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(state.slot_key(0).is_err());
+    }
+
+    #[test]
+    fn a_truncated_snapshot_is_as_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        let root = SnapshotRoot::from_bytes([7; 32]);
+        assert!(state.load_snapshot(root).is_none());
+        state.save_snapshot(b"WARRENS1\0\0").unwrap();
+        assert!(state.load_snapshot(root).is_none());
+    }
+
+    #[test]
+    fn the_datapath_is_remembered_and_nonsense_is_an_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        assert_eq!(state.read_datapath().unwrap(), None);
+        state.write_datapath(Datapath::Userspace).unwrap();
+        assert_eq!(state.read_datapath().unwrap(), Some(Datapath::Userspace));
+        fs::write(directory.path().join("datapath"), "magic").unwrap();
+        assert!(state.read_datapath().is_err());
+    }
+
+    #[test]
+    fn endpoints_survive_a_restart_but_not_a_reboot() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        let mut saved = state.load_endpoints();
+        saved.unreported.push(Endpoint {
+            key: None,
+            pod: None,
+            ifindex: 3,
+            mac: [0; 6],
+            addresses: Default::default(),
+            identity: warren_model::IdentityId::INIT,
+            deleted: true,
+        });
+        state.save_endpoints(&saved).unwrap();
+        assert_eq!(state.load_endpoints(), saved);
+        saved.boot_id = "before".into();
+        saved.endpoints.add(saved.unreported[0].clone(), &Default::default());
+        state.save_endpoints(&saved).unwrap();
+        let loaded = state.load_endpoints();
+        assert!(loaded.endpoints.is_empty());
+        assert_eq!(loaded.unreported.len(), 2);
+        fs::write(directory.path().join("endpoints.json"), "{").unwrap();
+        assert!(state.load_endpoints().endpoints.is_empty());
+    }
+}

@@ -1,0 +1,304 @@
+//! One session with `keyd`.
+
+use std::{collections::HashMap, path::Path, time::Duration};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use warren_agent_core::Endpoint;
+use warren_keyd_api::{
+    MAX_MESSAGE_BYTES, PROTOCOL, convert, proof,
+    proto::{self, agent_message::Body as Say, keyd_client::KeydClient, keyd_message::Body as Hear},
+    snapshot::{Directory, SnapshotError},
+    tls,
+};
+use warren_model::{IdentityId, NodeUid};
+use zeroize::Zeroizing;
+
+use super::{Client, End, FromKeyd, Refused, ToKeyd, contents, trust::Material};
+
+/// How long `keyd` may take to welcome us.
+const WELCOME_TIME: Duration = Duration::from_secs(10);
+/// How often the projected token's file is looked at.
+const TOKEN_CHECK: Duration = Duration::from_secs(10);
+/// How long after a change the snapshot is written at the latest.
+const SAVE_DELAY: Duration = Duration::from_millis(200);
+/// Messages that may wait for the network.
+const QUEUE: usize = 1024;
+
+type Reply = oneshot::Sender<Result<IdentityId, Refused>>;
+
+/// What lives as long as a session.
+struct Session {
+    say: mpsc::Sender<proto::AgentMessage>,
+    node_uid: Option<NodeUid>,
+    waiting: HashMap<u64, Reply>,
+    next_request: u64,
+    token: Option<Zeroizing<String>>,
+    /// The copy on disk is older than the one in memory.
+    unsaved: bool,
+}
+
+impl Session {
+    fn say(&self, body: Say) -> Result<(), String> {
+        let message = proto::AgentMessage { body: Some(body) };
+        self.say.try_send(message).map_err(|_| "keyd does not read what this node sends".to_owned())
+    }
+}
+
+impl Client {
+    /// Runs one session to its end. The first value tells whether `keyd` welcomed this node.
+    pub(super) async fn session(&mut self, address: &str, material: &Material) -> (bool, End) {
+        let mut welcomed = false;
+        let end = match self.converse(address, material, &mut welcomed).await {
+            Ok(end) => end,
+            Err(reason) => End::Closed(reason),
+        };
+        (welcomed, end)
+    }
+
+    async fn converse(&mut self, address: &str, material: &Material, welcomed: &mut bool) -> Result<End, String> {
+        let channel = self.connect(address, material).await?;
+        let Some(channel) = channel else { return Ok(End::Shutdown) };
+        let directory = match self.directory.take() {
+            Some(directory) => directory,
+            None => self.state.load_snapshot(material.root).unwrap_or_else(|| Directory::new(material.root)),
+        };
+        let directory = self.directory.insert(directory);
+        directory.reset_pending();
+        let (resume_epoch, resume_version) = if self.resync { (0, 0) } else { directory.position() };
+        let (say, queue) = mpsc::channel(QUEUE);
+        let token = self.config.options.token_file.as_deref().map(read_token).transpose()?;
+        let mut session =
+            Session { say, node_uid: None, waiting: HashMap::new(), next_request: 1, token, unsaved: false };
+        session.say(Say::Hello(proto::Hello {
+            protocol: PROTOCOL,
+            node_name: self.config.node.to_string(),
+            token: session.token.as_ref().map(|token| token.to_string()).unwrap_or_default(),
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            datapath: convert::datapath_to_proto(Some(self.datapath)).into(),
+            resume_epoch,
+            resume_version,
+        }))?;
+        let mut client = KeydClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let opened = tokio::time::timeout(WELCOME_TIME, client.session(ReceiverStream::new(queue))).await;
+        let mut hear = opened
+            .map_err(|_| format!("keyd at {address} does not answer"))?
+            .map_err(|status| format!("keyd at {address}: {}", status.message()))?
+            .into_inner();
+        let end = self.talk(address, &mut session, &mut hear, welcomed).await;
+        if session.unsaved {
+            self.save();
+        }
+        for (_, reply) in session.waiting.drain() {
+            let _ = reply.send(Err(Refused::Unreachable));
+        }
+        end
+    }
+
+    /// Connects, answering meanwhile that `keyd` is away. `None` at shutdown.
+    async fn connect(
+        &mut self,
+        address: &str,
+        material: &Material,
+    ) -> Result<Option<tonic::transport::Channel>, String> {
+        let connecting = tls::connect(address, &material.trust, material.identity.as_ref());
+        tokio::pin!(connecting);
+        loop {
+            tokio::select! {
+                channel = &mut connecting => return channel.map(Some).map_err(|error| error.to_string()),
+                command = self.commands.recv() => match command {
+                    Some(command) => super::answer_absent(command),
+                    None => return Ok(None),
+                },
+            }
+        }
+    }
+
+    async fn talk(
+        &mut self,
+        address: &str,
+        session: &mut Session,
+        hear: &mut tonic::Streaming<proto::KeydMessage>,
+        welcomed: &mut bool,
+    ) -> Result<End, String> {
+        let mut token_check = tokio::time::interval(TOKEN_CHECK);
+        let mut save = tokio::time::interval(SAVE_DELAY);
+        save.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let welcome_by = tokio::time::Instant::now() + WELCOME_TIME;
+        loop {
+            tokio::select! {
+                heard = hear.message() => {
+                    let message = heard.map_err(|status| format!("keyd at {address}: {}", status.message()))?;
+                    let Some(message) = message else {
+                        return Ok(End::Closed(format!("keyd at {address} closed the stream")));
+                    };
+                    let Some(body) = message.body else { continue };
+                    if let Some(end) = self.hear(address, session, body, welcomed)? {
+                        return Ok(end);
+                    }
+                }
+                command = self.commands.recv() => match command {
+                    Some(command) => self.tell(session, command, *welcomed)?,
+                    None => return Ok(End::Shutdown),
+                },
+                _ = token_check.tick() => self.refresh_token(session)?,
+                _ = save.tick(), if session.unsaved => {
+                    self.save();
+                    session.unsaved = false;
+                }
+                () = tokio::time::sleep_until(welcome_by), if !*welcomed => {
+                    return Err(format!("keyd at {address} did not welcome this node"));
+                }
+            }
+        }
+    }
+
+    fn hear(
+        &mut self,
+        address: &str,
+        session: &mut Session,
+        body: Hear,
+        welcomed: &mut bool,
+    ) -> Result<Option<End>, String> {
+        match body {
+            Hear::Welcome(welcome) => {
+                *welcomed = true;
+                session.node_uid = Some(welcome.node_uid.into());
+                super::trust::remember_addresses(&self.state, &[address.to_owned()]);
+                tracing::info!(%address, keyd = %welcome.keyd_id, "connected to keyd");
+                for key in &self.keys {
+                    session.say(Say::KeyOffer(proto::KeyOffer {
+                        slot: key.slot.slot.into(),
+                        port: key.slot.port.into(),
+                        generation: key.slot.generation,
+                        public_key: key.slot.public_key.as_bytes().to_vec(),
+                    }))?;
+                }
+                let _ = self.events.send(FromKeyd::Connected { address: address.to_owned() });
+            }
+            Hear::KeyChallenge(challenge) => self.prove(session, &challenge)?,
+            Hear::KeyResult(result) => self.key_result(&result),
+            Hear::Update(update) => self.update(session, update)?,
+            Hear::EndpointResult(result) => {
+                if let Some(reply) = session.waiting.remove(&result.request_id) {
+                    let answer = match result.error.is_empty() {
+                        true => Ok(IdentityId(result.identity)),
+                        false => Err(Refused::No { reason: result.error, retry: result.retry }),
+                    };
+                    let _ = reply.send(answer);
+                }
+            }
+            Hear::Redirect(redirect) => {
+                super::trust::remember_addresses(&self.state, &redirect.addresses);
+                return Ok(Some(End::Redirect(redirect.addresses)));
+            }
+            Hear::Goodbye(goodbye) => {
+                return Ok(Some(End::Closed(format!("keyd at {address} ended the session: {}", goodbye.reason))));
+            }
+        }
+        Ok(None)
+    }
+
+    fn prove(&self, session: &Session, challenge: &proto::KeyChallenge) -> Result<(), String> {
+        let key = self.keys.iter().find(|key| challenge.public_key == key.slot.public_key.as_bytes());
+        let (Some(key), Some(uid)) = (key, &session.node_uid) else {
+            return Err("keyd asks for the proof of a key that is not this node's".into());
+        };
+        let proof =
+            proof::answer(challenge, &key.private, uid, key.slot.generation).map_err(|error| error.to_string())?;
+        session.say(Say::KeyProof(proof))
+    }
+
+    fn key_result(&self, result: &proto::KeyResult) {
+        let Some(key) = self.keys.iter().find(|key| result.public_key == key.slot.public_key.as_bytes()) else {
+            return;
+        };
+        let refusal = (!result.accepted).then(|| result.reason.clone());
+        if let Some(reason) = &refusal {
+            tracing::error!(%reason, "keyd refuses this node's key");
+        }
+        let _ = self.events.send(FromKeyd::Key { slot: key.slot.slot, refusal });
+    }
+
+    fn update(&mut self, session: &mut Session, update: proto::Update) -> Result<(), String> {
+        let Some(directory) = &mut self.directory else { return Ok(()) };
+        match directory.apply(update) {
+            Ok(None) => {}
+            Ok(Some(change)) => {
+                tracing::debug!(upserts = change.upserts.len(), removes = change.removes.len(), "directory changed");
+                session.unsaved = true;
+                self.resync = false;
+                let expires_unix_ms = directory.manifest().map_or(0, |manifest| manifest.expires_unix_ms);
+                let (contents, unreadable) = contents(directory);
+                let contents = Box::new(contents);
+                let _ = self.events.send(FromKeyd::Directory { contents, unreadable, expires_unix_ms });
+            }
+            Err(error) => {
+                tracing::error!(%error, "an update of the directory is refused; the one before stays in force");
+                if matches!(error, SnapshotError::Digest | SnapshotError::NeedsSnapshot | SnapshotError::Position) {
+                    // An increment did not fit: ask for all of it. The copy stays, so that nothing goes back.
+                    self.resync = true;
+                    return Err(format!("the directory is out of step: {error}"));
+                }
+                return Err(format!("an update of the directory is refused: {error}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&self, session: &mut Session, command: ToKeyd, welcomed: bool) -> Result<(), String> {
+        if !welcomed {
+            super::answer_absent(command);
+            return Ok(());
+        }
+        match command {
+            ToKeyd::Add(endpoint, reply) => {
+                let request_id = session.next_request;
+                session.next_request += 1;
+                session.waiting.insert(request_id, reply);
+                let (namespace, pod, uid, addresses) = parts(&endpoint);
+                session.say(Say::EndpointAdd(proto::EndpointAdd { request_id, namespace, pod, uid, addresses }))
+            }
+            ToKeyd::Delete(endpoint) => {
+                let (namespace, pod, uid, addresses) = parts(&endpoint);
+                session.say(Say::EndpointDelete(proto::EndpointDelete { namespace, pod, uid, addresses }))
+            }
+            ToKeyd::Applied(epoch, version) => session.say(Say::Applied(proto::Applied { epoch, version })),
+            ToKeyd::Status(status) => session.say(Say::Status(*status)),
+        }
+    }
+
+    fn refresh_token(&self, session: &mut Session) -> Result<(), String> {
+        let Some(path) = self.config.options.token_file.as_deref() else { return Ok(()) };
+        match read_token(path) {
+            Ok(token) if session.token.as_ref() != Some(&token) => {
+                session.say(Say::Token(proto::TokenRefresh { token: token.to_string() }))?;
+                session.token = Some(token);
+            }
+            Ok(_) => {}
+            // The old one is good for a while yet.
+            Err(reason) => tracing::warn!(%reason, "the token cannot be refreshed"),
+        }
+        Ok(())
+    }
+
+    fn save(&self) {
+        let Some(bytes) = self.directory.as_ref().and_then(Directory::to_file) else { return };
+        if let Err(error) = self.state.save_snapshot(&bytes) {
+            tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
+        }
+    }
+}
+
+fn read_token(path: &Path) -> Result<Zeroizing<String>, String> {
+    std::fs::read_to_string(path)
+        .map(|text| Zeroizing::new(text.trim().to_owned()))
+        .map_err(|error| format!("cannot read the token {}: {error}", path.display()))
+}
+
+fn parts(endpoint: &Endpoint) -> (String, String, String, Vec<Vec<u8>>) {
+    let pod = endpoint.pod.clone();
+    let (namespace, name, uid) = pod.map(|pod| (pod.namespace, pod.name, pod.uid)).unwrap_or_default();
+    let addresses = endpoint.addresses.iter().copied().map(convert::address_to_bytes).collect();
+    (namespace, name, uid, addresses)
+}

@@ -1,0 +1,148 @@
+//! The node's drivers behind two operations: read everything, execute a plan. One task owns it.
+
+mod convert;
+mod execute;
+mod observe;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Context as _, Result};
+use tokio::time::Instant;
+use warren_abi::MarkCodec;
+use warren_agent_core::{Firewall, Settings};
+use warren_bpf::Datapath as Programs;
+use warren_model::{Datapath, PrivateKey};
+use warren_net::Net;
+use warren_wireguard::{DeviceChange, DeviceError, DeviceState, Kernel, Userspace, WgDevice};
+
+use crate::cli::RunOptions;
+
+/// How often things are looked at that send no event.
+const SLOW_CHECK: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// The drivers, and what they do not tell about themselves.
+pub(crate) struct Machine {
+    net: Net,
+    programs: Programs,
+    wireguard: WireGuard,
+    keys: BTreeMap<u8, PrivateKey>,
+    codec: MarkCodec,
+    encryption: bool,
+    /// What the packet filter was last given; it cannot be read back in this form.
+    firewall: Option<Firewall>,
+    firewall_checked: Option<Instant>,
+    /// As of the last observation, with the changes since.
+    devices: BTreeMap<u8, u32>,
+    routes: Vec<warren_net::Route>,
+    rules: Vec<warren_net::Rule>,
+    /// Devices whose packets no program can judge: said once.
+    unsupported: BTreeSet<u32>,
+    /// What could not be observed: a sentence each.
+    faults: Vec<String>,
+}
+
+/// The WireGuard driver of this node's kind.
+enum WireGuard {
+    Kernel(Kernel),
+    Userspace(Userspace),
+}
+
+impl WireGuard {
+    async fn dump(&self, device: &str) -> Result<DeviceState, DeviceError> {
+        match self {
+            Self::Kernel(driver) => driver.dump(device).await,
+            Self::Userspace(driver) => driver.dump(device).await,
+        }
+    }
+
+    async fn apply(&self, device: &str, changes: &[DeviceChange]) -> Result<(), DeviceError> {
+        match self {
+            Self::Kernel(driver) => driver.apply(device, changes).await,
+            Self::Userspace(driver) => driver.apply(device, changes).await,
+        }
+    }
+}
+
+impl Machine {
+    /// Opens all drivers. The programs and maps of an agent before are adopted.
+    pub(crate) fn open(
+        net: Net,
+        datapath: Datapath,
+        settings: &Settings,
+        keys: BTreeMap<u8, PrivateKey>,
+        options: &RunOptions,
+    ) -> Result<Self> {
+        let config = &settings.config;
+        let programs = Programs::open(&warren_bpf::Config {
+            pin_dir: options.bpffs.clone(),
+            mark_mask: config.mark_mask,
+            pod_pools: config.pod_pools.clone(),
+            attach: warren_bpf::AttachMode::Auto,
+            encryption: config.encryption,
+        })
+        .context("cannot open the eBPF datapath")?;
+        let wireguard = match datapath {
+            Datapath::Kernel => WireGuard::Kernel(Kernel::connect().context("cannot reach the kernel's WireGuard")?),
+            Datapath::Userspace => WireGuard::Userspace(Userspace::new(&options.wireguard_dir)),
+        };
+        Ok(Self {
+            net,
+            programs,
+            wireguard,
+            keys,
+            codec: MarkCodec::new(config.mark_mask).context("markMask has fewer than 13 bits")?,
+            encryption: config.encryption,
+            firewall: None,
+            firewall_checked: None,
+            devices: BTreeMap::new(),
+            routes: Vec::new(),
+            rules: Vec::new(),
+            unsupported: BTreeSet::new(),
+            faults: Vec::new(),
+        })
+    }
+
+    /// Things that send no event are looked at again with the next observation.
+    pub(crate) fn look_closely(&mut self) {
+        self.firewall_checked = None;
+    }
+
+    /// What could not be read at the last observation.
+    pub(crate) fn faults(&self) -> &[String] {
+        &self.faults
+    }
+
+    /// Dropped packets by reason: the programs', the stack's, the packet filter's and the engine's.
+    pub(crate) async fn drops(&self) -> BTreeMap<String, u64> {
+        let mut drops: BTreeMap<String, u64> = BTreeMap::new();
+        match self.programs.drops() {
+            Ok(counts) => counts.into_iter().for_each(|(reason, count)| *drops.entry(reason).or_default() += count),
+            Err(error) => tracing::warn!(%error, "the programs' drop counters cannot be read"),
+        }
+        if self.encryption
+            && let Ok(Some(counters)) = self.net.nft_counters().await
+        {
+            for counter in counters {
+                drops.insert(format!("nft-{}", counter.name.replace('_', "-")), counter.packets);
+            }
+        }
+        if let WireGuard::Userspace(driver) = &self.wireguard {
+            for slot in self.devices.keys() {
+                let Ok(stats) = driver.stats(&warren_agent_core::slot_device(*slot)).await else { continue };
+                for (reason, count) in stats.drops {
+                    *drops.entry(format!("tunnel-{reason}")).or_default() += count;
+                }
+            }
+        }
+        drops
+    }
+
+    /// Makes sure that no FORWARD chain of somebody else's drops what the tunnel carries.
+    pub(crate) async fn allow_forward(&self) {
+        let result = if self.encryption { self.net.allow_forward().await } else { Ok(Vec::new()) };
+        match result {
+            Ok(done) => done.iter().for_each(|block| tracing::info!(%block, "accept inserted: its policy drops")),
+            Err(error) => tracing::warn!(%error, "cannot see to FORWARD chains that drop"),
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Reading the node.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Result;
+use tokio::time::Instant;
+use warren_agent_core::{Device, Link, LinkKind, Observed, Peer, Programs, State, WireGuard, slot_address, slot_device};
+use warren_bpf::Role;
+use warren_wireguard::DeviceError;
+
+use super::{Machine, SLOW_CHECK, convert};
+
+impl Machine {
+    /// Reads everything that the agent owns. What cannot be read counts as absent, and is said.
+    pub(crate) async fn observe(&mut self) -> Result<Observed> {
+        self.faults.clear();
+        let found = self.net.links().await?;
+        let mut addresses: BTreeMap<u32, Vec<std::net::IpAddr>> = BTreeMap::new();
+        for (ifindex, net) in self.net.addresses().await? {
+            addresses.entry(ifindex).or_default().push(net.addr());
+        }
+        let links: Vec<Link> = found
+            .iter()
+            .map(|link| Link {
+                ifindex: link.ifindex,
+                name: link.name.clone(),
+                kind: convert::link_kind(link),
+                master: link.master,
+                mtu: link.mtu,
+                addresses: addresses.get(&link.ifindex).cloned().unwrap_or_default(),
+            })
+            .collect();
+        let mut state = State::default();
+        let attached = self.programs.attached()?;
+        self.devices(&found, &links, &attached, &mut state).await;
+        self.programs_on(&links, &attached, &mut state);
+        self.maps(&mut state)?;
+        self.routing(&mut state).await?;
+        state.firewall = self.firewall().await;
+        let links = links.into_iter().filter(|link| !self.unsupported.contains(&link.ifindex)).collect();
+        Ok(Observed { links, state })
+    }
+
+    async fn devices(
+        &mut self,
+        found: &[warren_net::Link],
+        links: &[Link],
+        attached: &[warren_bpf::Attachment],
+        state: &mut State,
+    ) {
+        self.devices.clear();
+        for (link, raw) in links.iter().zip(found) {
+            let LinkKind::Tunnel(slot) = link.kind else { continue };
+            self.devices.insert(slot, link.ifindex);
+            let programs = attached
+                .iter()
+                .any(|a| a.ifindex == link.ifindex && a.role == Role::Tunnel { slot } && a.healthy);
+            let address = Some(slot_address(slot)).filter(|address| link.addresses.contains(&address.addr()));
+            let wireguard = match self.wireguard.dump(&link.name).await {
+                Ok(device) => wireguard(device),
+                Err(error) => {
+                    self.faults.push(match error {
+                        DeviceError::Absent(_) => {
+                            format!("{} has nobody who moves its packets: the tunnel is not running", link.name)
+                        }
+                        DeviceError::Refused { .. } | DeviceError::Io { .. } => error.to_string(),
+                    });
+                    WireGuard::default()
+                }
+            };
+            let device = Device { exists: true, up: raw.up, mtu: raw.mtu, programs, address, wireguard };
+            state.devices.insert(slot, device);
+        }
+    }
+
+    fn programs_on(&mut self, links: &[Link], attached: &[warren_bpf::Attachment], state: &mut State) {
+        let tunnels: BTreeSet<u32> = self.devices.values().copied().collect();
+        let present: BTreeSet<u32> = links.iter().map(|link| link.ifindex).collect();
+        self.unsupported.retain(|ifindex| present.contains(ifindex));
+        for attachment in attached.iter().filter(|a| !tunnels.contains(&a.ifindex)) {
+            let programs = match attachment.role {
+                Role::Pod if attachment.healthy => Programs::Pod,
+                Role::Barrier if attachment.healthy => Programs::Barrier,
+                Role::Pod | Role::Barrier | Role::Tunnel { .. } => Programs::Broken,
+            };
+            state.programs.insert(attachment.ifindex, programs);
+        }
+    }
+
+    fn maps(&self, state: &mut State) -> Result<()> {
+        let owners = self.programs.owners()?;
+        state.owners = owners.iter().map(|(prefix, owner)| (*prefix, convert::owner_from(owner))).collect();
+        let paths = self.programs.paths()?;
+        state.paths = paths.iter().map(|(node, path)| (*node, convert::path_from(path, &self.devices))).collect();
+        let nodes = self.programs.node_addresses()?;
+        state.node_addresses = nodes.into_iter().map(|node| (node.address, node.own)).collect();
+        let endpoints = self.programs.endpoints()?;
+        state.endpoints = endpoints.iter().map(|e| (e.ifindex, convert::endpoint_from(e))).collect();
+        Ok(())
+    }
+
+    async fn routing(&mut self, state: &mut State) -> Result<()> {
+        self.routes = self.net.routes().await?;
+        self.rules = self.net.rules().await?;
+        state.routes = self.routes.iter().filter_map(|route| convert::route_from(route, &self.devices)).collect();
+        state.rules = self.rules.iter().filter_map(convert::rule_from).collect();
+        Ok(())
+    }
+
+    /// What the packet filter was given, unless somebody took it away meanwhile. Asking costs a process, so that
+    /// it is asked only now and then.
+    async fn firewall(&mut self) -> Option<warren_agent_core::Firewall> {
+        self.firewall.as_ref()?;
+        if self.firewall_checked.is_none_or(|at| at.elapsed() >= SLOW_CHECK) {
+            match self.net.nft_counters().await {
+                Ok(Some(_)) => self.firewall_checked = Some(Instant::now()),
+                Ok(None) => self.firewall = None,
+                Err(error) => self.faults.push(error.to_string()),
+            }
+        }
+        self.firewall.clone()
+    }
+
+    /// The name of a slot's device as it is now.
+    pub(super) fn device(&self, slot: u8) -> Result<u32, String> {
+        self.devices.get(&slot).copied().ok_or_else(|| format!("{} does not exist", slot_device(slot)))
+    }
+}
+
+fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
+    let now = std::time::SystemTime::now();
+    let peer = |peer: warren_wireguard::PeerState| {
+        // A clock that was set back makes a handshake one of the future: that is not old.
+        let age = peer.last_handshake.map(|at| now.duration_since(at).unwrap_or_default());
+        let state = Peer {
+            endpoint: peer.endpoint,
+            keepalive: peer.keepalive_seconds,
+            allowed_ips: peer.allowed_ips.into_iter().collect(),
+            endpoint_is_new: false,
+            silent: Peer::is_silent(age),
+        };
+        (peer.public_key, state)
+    };
+    WireGuard {
+        public_key: device.public_key,
+        port: device.listen_port,
+        peers: device.peers.into_iter().map(peer).collect(),
+    }
+}

@@ -1,0 +1,198 @@
+//! Metrics and health over HTTP. What is served is the last report: a scrape never waits for the loop.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, info::Info},
+    registry::{Registry, Unit},
+};
+use warren_agent_api::{AgentStatus, EncryptStatus};
+
+/// A loop that has not come round for this long is stuck.
+const STUCK: Duration = Duration::from_secs(60);
+
+type Labels = Vec<(&'static str, String)>;
+
+/// What the loop tells about itself.
+pub(crate) struct Health {
+    started: Instant,
+    beat: AtomicU64,
+    ready: AtomicBool,
+    last: Mutex<Option<(EncryptStatus, AgentStatus)>>,
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { started: Instant::now(), beat: AtomicU64::new(0), ready: AtomicBool::new(false), last: Mutex::new(None) }
+    }
+}
+
+impl Health {
+    /// The loop came round.
+    pub(crate) fn beat(&self) {
+        let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.beat.store(millis, Ordering::Relaxed);
+    }
+
+    /// Whether pods may be added.
+    pub(crate) fn set_ready(&self, ready: bool) {
+        self.ready.store(ready, Ordering::Relaxed);
+    }
+
+    /// The last report.
+    pub(crate) fn update(&self, encrypt: &EncryptStatus, agent: &AgentStatus) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some((encrypt.clone(), agent.clone()));
+    }
+
+    /// Only about the agent's own loop: never about `keyd` or the API server.
+    fn alive(&self) -> bool {
+        let beat = Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(beat) < STUCK
+    }
+}
+
+/// Serves until the agent ends.
+pub(crate) async fn serve(address: SocketAddr, health: Arc<Health>) -> Result<()> {
+    let listener = tokio::net::TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot serve metrics at {address}: name another --metrics"))?;
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(healthz))
+        .route("/readyz", get(readyz))
+        .with_state(health);
+    tokio::spawn(async move {
+        if let Err(error) = axum::serve(listener, router).await {
+            tracing::error!(%error, "metrics are no longer served");
+        }
+    });
+    Ok(())
+}
+
+async fn healthz(State(health): State<Arc<Health>>) -> (StatusCode, &'static str) {
+    match health.alive() {
+        true => (StatusCode::OK, "ok\n"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "the agent's loop is stuck\n"),
+    }
+}
+
+async fn readyz(State(health): State<Arc<Health>>) -> (StatusCode, &'static str) {
+    match health.ready.load(Ordering::Relaxed) {
+        true => (StatusCode::OK, "ok\n"),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready: see mesh-agent status\n"),
+    }
+}
+
+async fn metrics(State(health): State<Arc<Health>>) -> (StatusCode, [(&'static str, &'static str); 1], String) {
+    let header = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+    let last = health.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let mut text = String::new();
+    match encode(&mut text, &registry(last.as_ref(), health.ready.load(Ordering::Relaxed))) {
+        Ok(()) => (StatusCode::OK, header, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, header, error.to_string()),
+    }
+}
+
+/// The report as metrics. Counters end in `_total` by themselves.
+fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registry {
+    let mut registry = Registry::with_prefix("warren_agent");
+    gauge(&mut registry, "ready", "Whether pods may be added", i64::from(ready));
+    let Some((encrypt, agent)) = last else { return registry };
+    registry.register("build", "Version", Info::new(vec![("version", agent.version.clone())]));
+    gauge(&mut registry, "encryption_enabled", "Device and programs are as wanted", i64::from(encrypt.enabled));
+    gauge(&mut registry, "encryption_mismatches", "Differences from what is wanted", count(encrypt.mismatches.len()));
+    gauge(&mut registry, "keyd_connected", "Whether a session with keyd is open", i64::from(agent.keyd.is_some()));
+    gauge(&mut registry, "failing_actions", "Actions that failed and are tried again", count(agent.failing.len()));
+    gauge(&mut registry, "problems", "Refused entries and malformed input", count(agent.problems.len()));
+    gauge(&mut registry, "endpoints", "Pods on this node", count(agent.endpoints.len()));
+    gauge(&mut registry, "peers", "Peers on the tunnel devices", count(encrypt.peers.len()));
+    if let Some((epoch, version)) = agent.snapshot {
+        gauge(&mut registry, "snapshot_epoch", "Epoch of the directory in force", epoch.try_into().unwrap_or(i64::MAX));
+        gauge(&mut registry, "snapshot_version", "Its version", version.try_into().unwrap_or(i64::MAX));
+    }
+    let drops = Family::<Labels, Counter>::default();
+    for (reason, packets) in &encrypt.drops {
+        drops.get_or_create(&vec![("reason", reason.clone())]).inc_by(*packets);
+    }
+    registry.register("dropped_packets", "Packets dropped, by reason", drops);
+    peers(&mut registry, encrypt);
+    registry
+}
+
+fn peers(registry: &mut Registry, encrypt: &EncryptStatus) {
+    let received = Family::<Labels, Counter>::default();
+    let sent = Family::<Labels, Counter>::default();
+    let handshake = Family::<Labels, Gauge>::default();
+    for peer in &encrypt.peers {
+        let node = peer.node.as_ref().map_or_else(String::new, ToString::to_string);
+        let labels = vec![("node", node), ("interface", peer.interface.clone())];
+        received.get_or_create(&labels).inc_by(peer.received_bytes);
+        sent.get_or_create(&labels).inc_by(peer.sent_bytes);
+        if let Some(seconds) = peer.last_handshake_seconds {
+            handshake.get_or_create(&labels).set(seconds.try_into().unwrap_or(i64::MAX));
+        }
+    }
+    registry.register_with_unit("peer_received", "Received from a peer", Unit::Bytes, received);
+    registry.register_with_unit("peer_sent", "Sent to a peer", Unit::Bytes, sent);
+    registry.register_with_unit("peer_handshake_age", "Since the last handshake", Unit::Seconds, handshake);
+}
+
+fn gauge(registry: &mut Registry, name: &str, help: &str, value: i64) {
+    let gauge = Gauge::<i64>::default();
+    gauge.set(value);
+    registry.register(name, help, gauge);
+}
+
+fn count(length: usize) -> i64 {
+    i64::try_from(length).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_becomes_metrics() {
+        let encrypt = EncryptStatus {
+            enabled: true,
+            mismatches: vec![],
+            datapath: warren_model::Datapath::Userspace,
+            interfaces: vec![],
+            peers: vec![],
+            exemptions: vec![],
+            drops: vec![("no-path".into(), 7)],
+        };
+        let agent = AgentStatus {
+            healthy: true,
+            node: "node1".into(),
+            version: "1".into(),
+            keyd: None,
+            snapshot: Some((5, 6)),
+            failing: vec![],
+            problems: vec![],
+            endpoints: vec![],
+        };
+        let mut text = String::new();
+        encode(&mut text, &registry(Some(&(encrypt, agent)), true)).unwrap();
+        assert!(text.contains("warren_agent_dropped_packets_total{reason=\"no-path\"} 7"), "{text}");
+        assert!(text.contains("warren_agent_snapshot_version 6"), "{text}");
+    }
+
+    #[test]
+    fn a_loop_that_beats_is_alive() {
+        let health = Health::default();
+        assert!(health.alive());
+        health.beat();
+        assert!(health.alive());
+    }
+}

@@ -1,0 +1,489 @@
+//! The agent's loop: one task owns core and drivers, everything else sends it inputs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use futures::StreamExt as _;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+use warren_agent_api::{Attachment, Request, Response};
+use warren_agent_core::{Agent, Endpoint, Observed, Settings, Slot};
+use warren_keyd_api::proof;
+use warren_model::{Datapath, IdentityId, PodRef, PublicKey};
+use warren_net::Net;
+
+use crate::{
+    adopt,
+    cli::RunOptions,
+    cni,
+    config::{self, Config},
+    files::{SavedEndpoints, StateDir, make_private_dir},
+    keyd::{self, FromKeyd, OwnKey, Refused, ToKeyd},
+    machine::Machine,
+    metrics::Health,
+    server, status, tunnel,
+};
+
+/// How often the state is reported to `keyd`.
+const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// How often everything is compared though nothing happened.
+const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
+/// How often somebody else's FORWARD chains are looked at.
+const FORWARD_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the end of a pod is told again to a `keyd` that was connected anew.
+const REPORT_AGAIN: Duration = Duration::from_secs(15);
+
+/// What can happen.
+pub(crate) enum Input {
+    /// From the client.
+    Keyd(FromKeyd),
+    /// From the local socket.
+    Local(Request, oneshot::Sender<Response>),
+    /// `keyd`'s answer about a pod that is being added.
+    Identity(Box<Attachment>, Result<IdentityId, Refused>, oneshot::Sender<Response>),
+    /// `keyd`'s answer about a pod that was told to it again.
+    Reported(PodRef, Result<IdentityId, Refused>),
+    /// Devices, addresses or routes changed.
+    Network,
+    /// The tunnel process was started anew: it knows nothing.
+    TunnelStarted,
+}
+
+/// A pod whose CNI ADD waits for its programs.
+pub(crate) struct Waiting {
+    pub(crate) index: u16,
+    pub(crate) reply: oneshot::Sender<Response>,
+    pub(crate) deadline: Instant,
+}
+
+/// Everything that the loop owns.
+pub(crate) struct Runner {
+    pub(crate) config: Config,
+    pub(crate) agent: Agent,
+    pub(crate) machine: Machine,
+    pub(crate) state: StateDir,
+    pub(crate) inputs: mpsc::UnboundedSender<Input>,
+    pub(crate) to_keyd: mpsc::UnboundedSender<ToKeyd>,
+    pub(crate) health: Arc<Health>,
+    /// Where `keyd` is connected.
+    pub(crate) connected: Option<String>,
+    /// Why it is not.
+    pub(crate) keyd_fault: Option<String>,
+    /// What of the directory cannot be read.
+    pub(crate) unreadable: Vec<String>,
+    /// When the directory's signature ends, Unix milliseconds.
+    pub(crate) expires_unix_ms: Option<i64>,
+    /// `keyd`'s refusals of this node's keys, by slot.
+    pub(crate) key_refusals: BTreeMap<u8, String>,
+    /// `keyd`'s refusals of pods that are there.
+    pub(crate) pod_refusals: BTreeMap<PodRef, String>,
+    pub(crate) waiting: Vec<Waiting>,
+    /// Pods that are gone, with the time at which `keyd` was told.
+    pub(crate) unreported: Vec<(Endpoint, Option<Instant>)>,
+    pub(crate) observed: Observed,
+    /// When a peer was first seen on a device, by the core's clock.
+    pub(crate) peers_since: BTreeMap<PublicKey, Duration>,
+    /// The version that `keyd` was told to be in force.
+    acknowledged: Option<(u64, u64)>,
+    saved: SavedEndpoints,
+    /// The drivers could not be read: when to try again.
+    observe_fault: Option<String>,
+    dirty: bool,
+    started: Instant,
+}
+
+/// `mesh-agent run`.
+pub(crate) fn main(options: Box<RunOptions>) -> ExitCode {
+    let result = Config::load(*options).and_then(|config| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let result = runtime.block_on(run(config));
+        // Blocking reads of other namespaces must not hold up the end.
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        result
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mesh-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: Config) -> Result<()> {
+    let state = StateDir::open(&config.options.state_dir)?;
+    make_private_dir(&config.options.run_dir)?;
+    let net = Net::open().await?;
+    let keys = own_keys(&config, &state)?;
+    let (datapath, changed) = config::choose_datapath(config.cluster.datapath, &state, &net).await?;
+    tracing::info!(node = %config.node, %datapath, changed, cluster = ?config.cluster, "starting");
+    let settings = Settings {
+        config: config.cluster.clone(),
+        node: config.node.clone(),
+        slots: keys.iter().map(|key| key.slot.clone()).collect(),
+    };
+    let events = net.watch()?;
+    let private = keys.iter().map(|key| (key.slot.slot, key.private.clone())).collect();
+    let machine = Machine::open(net, datapath, &settings, private, &config.options)?;
+    let (inputs, received) = mpsc::unbounded_channel();
+    let (to_keyd, commands) = mpsc::unbounded_channel();
+    let (from_keyd, keyd_events) = mpsc::unbounded_channel();
+    let directory = keyd::snapshot_root(&config, &state).and_then(|root| state.load_snapshot(root));
+    let mut runner = Runner::new(config.clone(), settings, machine, state.clone(), inputs.clone(), to_keyd);
+    if let Some(directory) = &directory {
+        let (contents, unreadable) = keyd::contents(directory);
+        tracing::info!(epoch = contents.epoch, version = contents.version, "last good snapshot loaded");
+        runner.unreadable = unreadable;
+        runner.expires_unix_ms = directory.manifest().map(|manifest| manifest.expires_unix_ms);
+        runner.agent.set_directory(contents);
+    }
+    adopt::adopt(&mut runner).await;
+    // Nothing else before the node is covered.
+    runner.reconcile().await;
+    let health = runner.health.clone();
+    if datapath == Datapath::Userspace && config.cluster.encryption {
+        tunnel::supervise(&config.options, inputs.clone());
+    }
+    server::listen(&config.options.run_dir.join("agent.sock"), inputs.clone())?;
+    crate::metrics::serve(config.options.metrics, health).await?;
+    let client = keyd::Client {
+        config,
+        state,
+        keys,
+        datapath,
+        directory,
+        resync: false,
+        events: from_keyd,
+        commands,
+    };
+    tokio::spawn(client.run());
+    forward_inputs(events, keyd_events, inputs);
+    runner.run(received).await
+}
+
+/// This node's keys. One slot until keys rotate.
+fn own_keys(config: &Config, state: &StateDir) -> Result<Vec<OwnKey>> {
+    let private = state.slot_key(0)?;
+    let public_key = proof::public_key(&private);
+    let slot = Slot { slot: 0, port: config.cluster.slot_port(0), generation: 1, public_key };
+    Ok(vec![OwnKey { slot, private }])
+}
+
+fn forward_inputs(
+    mut network: impl futures::Stream<Item = warren_net::LinkEvent> + Send + Unpin + 'static,
+    mut keyd: mpsc::UnboundedReceiver<FromKeyd>,
+    inputs: mpsc::UnboundedSender<Input>,
+) {
+    let to = inputs.clone();
+    tokio::spawn(async move {
+        while network.next().await.is_some() {
+            if to.send(Input::Network).is_err() {
+                return;
+            }
+        }
+    });
+    tokio::spawn(async move {
+        while let Some(event) = keyd.recv().await {
+            if inputs.send(Input::Keyd(event)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+impl Runner {
+    fn new(
+        config: Config,
+        settings: Settings,
+        machine: Machine,
+        state: StateDir,
+        inputs: mpsc::UnboundedSender<Input>,
+        to_keyd: mpsc::UnboundedSender<ToKeyd>,
+    ) -> Self {
+        let saved = state.load_endpoints();
+        let mut agent = Agent::new(settings);
+        agent.restore_endpoints(saved.endpoints.clone());
+        let unreported = saved.unreported.iter().map(|endpoint| (endpoint.clone(), None)).collect();
+        Self {
+            config,
+            agent,
+            machine,
+            state,
+            inputs,
+            to_keyd,
+            health: Arc::new(Health::default()),
+            connected: None,
+            keyd_fault: None,
+            unreadable: Vec::new(),
+            expires_unix_ms: None,
+            key_refusals: BTreeMap::new(),
+            pod_refusals: BTreeMap::new(),
+            waiting: Vec::new(),
+            unreported,
+            observed: Observed::default(),
+            peers_since: BTreeMap::new(),
+            acknowledged: None,
+            saved,
+            observe_fault: None,
+            dirty: true,
+            started: Instant::now(),
+        }
+    }
+
+    /// The core's clock.
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    async fn run(mut self, mut inputs: mpsc::UnboundedReceiver<Input>) -> Result<()> {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        let mut report = tokio::time::interval(STATUS_INTERVAL);
+        let mut compare = tokio::time::interval(COMPARE_INTERVAL);
+        let mut forward = tokio::time::interval(FORWARD_INTERVAL);
+        loop {
+            let due = self.due();
+            tokio::select! {
+                input = inputs.recv() => {
+                    let Some(input) = input else { return Ok(()) };
+                    self.take(input).await;
+                    while let Ok(more) = inputs.try_recv() {
+                        self.take(more).await;
+                    }
+                }
+                _ = report.tick() => self.report().await,
+                _ = compare.tick() => {
+                    self.machine.look_closely();
+                    self.dirty = true;
+                }
+                _ = forward.tick() => self.machine.allow_forward().await,
+                () = tokio::time::sleep_until(due) => self.dirty = true,
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+            }
+            if self.dirty {
+                self.reconcile().await;
+            }
+            self.health.beat();
+        }
+        self.save_endpoints();
+        tracing::info!("stopping; everything stays in place");
+        Ok(())
+    }
+
+    /// When something is to be done though nothing happens.
+    fn due(&self) -> Instant {
+        let mut due = Instant::now() + COMPARE_INTERVAL;
+        if let Some(retry) = self.agent.next_retry() {
+            due = due.min(self.started + retry);
+        }
+        if self.observe_fault.is_some() {
+            due = due.min(Instant::now() + Duration::from_secs(1));
+        }
+        self.waiting.iter().map(|waiting| waiting.deadline).fold(due, Instant::min)
+    }
+
+    async fn take(&mut self, input: Input) {
+        match input {
+            Input::Network => self.dirty = true,
+            Input::TunnelStarted => {
+                self.agent.retry_now();
+                self.dirty = true;
+            }
+            Input::Keyd(event) => self.from_keyd(event),
+            Input::Local(request, reply) => self.local(request, reply).await,
+            Input::Identity(attachment, result, reply) => cni::identified(self, *attachment, result, reply),
+            Input::Reported(pod, result) => self.reported(pod, result),
+        }
+    }
+
+    /// Something changed: compare before the next input is waited for.
+    pub(crate) fn mark_dirty(&mut self) {
+        self.dirty = true;
+    }
+
+    fn from_keyd(&mut self, event: FromKeyd) {
+        match event {
+            FromKeyd::Connected { address } => {
+                self.connected = Some(address);
+                self.keyd_fault = None;
+                self.acknowledged = None;
+                self.tell_pods();
+                self.dirty = true;
+            }
+            FromKeyd::Disconnected { reason } => {
+                if self.connected.take().is_some() || self.keyd_fault.as_ref() != Some(&reason) {
+                    tracing::warn!(%reason, "no session with keyd; everything stays as it is");
+                }
+                self.keyd_fault = Some(reason);
+            }
+            FromKeyd::Directory { contents, unreadable, expires_unix_ms } => {
+                self.unreadable = unreadable;
+                self.expires_unix_ms = Some(expires_unix_ms);
+                self.agent.set_directory(*contents);
+                self.dirty = true;
+            }
+            FromKeyd::Key { slot, refusal: Some(reason) } => {
+                self.key_refusals.insert(slot, reason);
+            }
+            FromKeyd::Key { slot, refusal: None } => {
+                self.key_refusals.remove(&slot);
+            }
+        }
+    }
+
+    async fn local(&mut self, request: Request, reply: oneshot::Sender<Response>) {
+        let response = match request {
+            Request::CniAdd(attachment) => return cni::add(self, attachment, reply).await,
+            Request::CniDel(key) => cni::delete(self, &key),
+            Request::CniCheck(attachment) => cni::check(self, &attachment),
+            Request::CniGc { valid } => cni::collect(self, &valid),
+            Request::CniStatus => cni::status(self),
+            Request::EncryptStatus => Response::EncryptStatus(Box::new(status::encrypt(self).await)),
+            Request::Status => Response::Status(Box::new(status::agent(self))),
+        };
+        let _ = reply.send(response);
+    }
+
+    /// Reads the node, plans, executes; then tells whoever waited for it.
+    pub(crate) async fn reconcile(&mut self) {
+        self.dirty = false;
+        match self.machine.observe().await {
+            Ok(observed) => {
+                self.observe_fault = None;
+                self.observed = observed;
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(%error, "the node's state cannot be read");
+                self.observe_fault = Some(error);
+                return;
+            }
+        }
+        for endpoint in self.agent.links_seen(&self.observed) {
+            tracing::info!(pod = ?endpoint.pod, "a pod's device is gone without a CNI DEL");
+            self.tell_gone(endpoint);
+        }
+        let started = self.started;
+        let steps = self.agent.plan(&self.observed, self.now());
+        if !steps.is_empty() {
+            tracing::debug!(steps = steps.len(), "executing a plan");
+            self.machine.execute(&mut self.agent, &steps, move || started.elapsed()).await;
+        }
+        self.save_endpoints();
+        self.settle();
+        self.health.set_ready(self.not_ready().is_none());
+    }
+
+    /// Answers what waited for the plan: CNI ADDs, and `keyd` for its acknowledgement.
+    fn settle(&mut self) {
+        cni::settle(self);
+        let version = self.agent.directory_version();
+        if self.connected.is_some()
+            && self.agent.mapping_settled()
+            && version != self.acknowledged
+            && let Some((epoch, number)) = version
+        {
+            let _ = self.to_keyd.send(ToKeyd::Applied(epoch, number));
+            self.acknowledged = version;
+        }
+    }
+
+    /// Why pods cannot be added now; `None` when they can.
+    pub(crate) fn not_ready(&self) -> Option<String> {
+        if let Some(fault) = &self.observe_fault {
+            return Some(fault.clone());
+        }
+        if self.agent.directory_version().is_none() {
+            let why = self.keyd_fault.clone().unwrap_or_else(|| "keyd has not answered yet".into());
+            return Some(format!("this node has no directory yet: {why}"));
+        }
+        self.agent.failing().into_iter().chain(self.machine.faults().iter().cloned()).next()
+    }
+
+    /// A pod is gone: `keyd` is told now, and again when it was away.
+    pub(crate) fn tell_gone(&mut self, endpoint: Endpoint) {
+        if endpoint.pod.is_none() {
+            return;
+        }
+        let told = self.connected.is_some().then(Instant::now);
+        if told.is_some() {
+            let _ = self.to_keyd.send(ToKeyd::Delete(Box::new(endpoint.clone())));
+        }
+        self.unreported.push((endpoint, told));
+    }
+
+    /// A session began: everything that lives here, and what ended while nobody listened.
+    fn tell_pods(&mut self) {
+        let now = Instant::now();
+        for (endpoint, told) in &mut self.unreported {
+            let _ = self.to_keyd.send(ToKeyd::Delete(Box::new(endpoint.clone())));
+            told.get_or_insert(now);
+        }
+        let living = self.agent.endpoints().iter().filter(|(_, endpoint)| !endpoint.deleted);
+        for (_, endpoint) in living {
+            let Some(pod) = endpoint.pod.clone() else { continue };
+            let (reply, answer) = oneshot::channel();
+            let _ = self.to_keyd.send(ToKeyd::Add(Box::new(endpoint.clone()), reply));
+            let inputs = self.inputs.clone();
+            tokio::spawn(async move {
+                if let Ok(result) = answer.await {
+                    let _ = inputs.send(Input::Reported(pod, result));
+                }
+            });
+        }
+    }
+
+    fn reported(&mut self, pod: PodRef, result: Result<IdentityId, Refused>) {
+        let found = self.agent.endpoints().iter().find(|(_, e)| e.pod.as_ref() == Some(&pod) && !e.deleted);
+        let index = found.map(|(index, _)| index);
+        match (index, result) {
+            (Some(index), Ok(identity)) => {
+                self.agent.set_identity(index, identity);
+                self.pod_refusals.remove(&pod);
+                self.dirty = true;
+            }
+            (Some(_), Err(Refused::No { reason, .. })) => {
+                tracing::warn!(%pod, %reason, "keyd refuses a pod that is running");
+                self.pod_refusals.insert(pod, reason);
+            }
+            (Some(_), Err(Refused::Unreachable)) | (None, _) => {}
+        }
+    }
+
+    pub(crate) fn save_endpoints(&mut self) {
+        let living: BTreeSet<&PodRef> = self.agent.endpoints().iter().filter_map(|(_, e)| e.pod.as_ref()).collect();
+        self.pod_refusals.retain(|pod, _| living.contains(pod));
+        let now = SavedEndpoints {
+            endpoints: self.agent.endpoints().clone(),
+            unreported: self.unreported.iter().map(|(endpoint, _)| endpoint.clone()).collect(),
+            boot_id: self.saved.boot_id.clone(),
+        };
+        if now != self.saved {
+            match self.state.save_endpoints(&now) {
+                Ok(()) => self.saved = now,
+                Err(error) => tracing::error!(error = %format!("{error:#}"), "the pods cannot be kept"),
+            }
+        }
+    }
+
+    async fn report(&mut self) {
+        if self.connected.is_some() {
+            self.unreported.retain(|(_, told)| told.is_none_or(|at| at.elapsed() < REPORT_AGAIN));
+        }
+        let status = status::encrypt(self).await;
+        let report = status::for_keyd(self, &status);
+        self.health.update(&status, &status::agent(self));
+        if self.connected.is_some() {
+            let _ = self.to_keyd.send(ToKeyd::Status(Box::new(report)));
+        }
+    }
+}

@@ -1,0 +1,414 @@
+//! What this node's encryption really is, and how it is told.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    process::ExitCode,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use warren_agent_api::{
+    AgentStatus, EncryptStatus, EndpointStatus, InterfaceStatus, PeerStatus, Request, Response, call,
+};
+use warren_agent_core::{mismatches, slot_device};
+use warren_keyd_api::{convert, proto};
+use warren_model::Datapath;
+
+use crate::{
+    cli::{Output, StatusOptions},
+    runner::Runner,
+};
+
+/// A handshake that is older proves nothing (WireGuard's reject-after time), seconds.
+const FRESH: u64 = 180;
+/// How many differences are told; more of the same help nobody.
+const MOST_MISMATCHES: usize = 50;
+/// How long the agent may take to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(10);
+
+/// Reads the node and compares it with what is wanted. What differs is told, and then repaired.
+pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
+    let encryption = runner.config.cluster.encryption;
+    let mut faults = Vec::new();
+    match runner.machine.observe().await {
+        Ok(observed) => runner.observed = observed,
+        Err(error) => faults.push(format!("the node's state cannot be read: {error:#}")),
+    }
+    let now = runner.now();
+    if !runner.agent.plan(&runner.observed, now).is_empty() {
+        runner.mark_dirty();
+    }
+    if encryption {
+        if runner.agent.directory_version().is_none() {
+            faults.push("this node has no directory yet: pods of other nodes are not reachable".into());
+        }
+        faults.extend(runner.machine.faults().iter().cloned());
+        faults.extend(runner.key_refusals.values().map(|reason| format!("keyd refuses this node's key: {reason}")));
+        faults.extend(differences(runner));
+    }
+    if faults.len() > MOST_MISMATCHES {
+        let more = faults.len() - MOST_MISMATCHES;
+        faults.truncate(MOST_MISMATCHES);
+        faults.push(format!("and {more} more differences"));
+    }
+    let (interfaces, peers) = devices(runner).await;
+    EncryptStatus {
+        enabled: encryption && faults.is_empty(),
+        mismatches: faults,
+        datapath: runner.machine.datapath(),
+        interfaces,
+        peers,
+        exemptions: exemptions(runner),
+        drops: runner.machine.drops().await.into_iter().collect(),
+    }
+}
+
+/// A peer that was configured a moment ago may have no handshake yet.
+fn differences(runner: &mut Runner) -> Vec<String> {
+    let mut observed = runner.observed.clone();
+    let now = runner.now();
+    let keys = observed.state.devices.values().flat_map(|device| device.wireguard.peers.keys().copied());
+    let present: std::collections::BTreeSet<_> = keys.collect();
+    runner.peers_since.retain(|key, _| present.contains(key));
+    for key in present {
+        runner.peers_since.entry(key).or_insert(now);
+    }
+    for device in observed.state.devices.values_mut() {
+        for (key, peer) in &mut device.wireguard.peers {
+            let since = runner.peers_since.get(key).copied().unwrap_or(now);
+            peer.silent &= now.saturating_sub(since) > Duration::from_secs(FRESH);
+        }
+    }
+    let agent = &runner.agent;
+    mismatches(agent.desired(), &observed, |key| {
+        agent.node_of_key(key).map_or_else(|| "unknown".to_owned(), ToString::to_string)
+    })
+}
+
+async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
+    let (mut interfaces, mut peers) = (Vec::new(), Vec::new());
+    for slot in &runner.agent.settings().slots {
+        let Some(device) = runner.observed.state.devices.get(&slot.slot) else { continue };
+        let name = slot_device(slot.slot);
+        interfaces.push(InterfaceStatus {
+            name: name.clone(),
+            slot: slot.slot,
+            port: device.wireguard.port,
+            public_key: device.wireguard.public_key,
+            generation: slot.generation,
+            mtu: device.mtu,
+        });
+        let Ok(dump) = runner.machine.dump(slot.slot).await else { continue };
+        let now = SystemTime::now();
+        peers.extend(dump.peers.into_iter().map(|peer| PeerStatus {
+            node: runner.agent.node_of_key(&peer.public_key).cloned(),
+            interface: name.clone(),
+            public_key: peer.public_key,
+            endpoint: peer.endpoint,
+            last_handshake_seconds: peer.last_handshake.map(|at| now.duration_since(at).unwrap_or_default().as_secs()),
+            received_bytes: peer.received_bytes,
+            sent_bytes: peer.sent_bytes,
+            allowed_prefixes: peer.allowed_ips,
+        }));
+    }
+    (interfaces, peers)
+}
+
+fn exemptions(runner: &Runner) -> Vec<String> {
+    let config = &runner.config.cluster;
+    if !config.encryption {
+        return vec!["everything: encryption is off in the cluster's configuration".into()];
+    }
+    vec![
+        format!(
+            "WireGuard itself: UDP ports {}-{} between nodes",
+            config.wireguard_port,
+            config.slot_port(warren_model::node::SLOTS - 1)
+        ),
+        format!("the nodes' own traffic to keyd: TCP port {}", config.keyd_port),
+        format!("the nodes' own traffic to the API server: TCP port {}", config.apiserver_port),
+        "pods of the same node among each other".into(),
+    ]
+}
+
+/// State of the agent.
+pub(crate) fn agent(runner: &Runner) -> AgentStatus {
+    let failing = runner.agent.failing();
+    let mut problems = runner.agent.problems().to_vec();
+    problems.extend(runner.unreadable.iter().cloned());
+    problems.extend(runner.key_refusals.values().map(|reason| format!("keyd refuses this node's key: {reason}")));
+    problems.extend(runner.pod_refusals.iter().map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")));
+    problems.extend(expired(runner));
+    if let Some(fault) = &runner.keyd_fault {
+        problems.push(format!("no session with keyd: {fault}"));
+    }
+    let healthy = failing.is_empty() && problems.is_empty() && runner.machine.faults().is_empty();
+    AgentStatus {
+        healthy,
+        node: runner.config.node.clone(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        keyd: runner.connected.clone(),
+        snapshot: runner.agent.directory_version(),
+        failing: failing.into_iter().chain(runner.machine.faults().iter().cloned()).collect(),
+        problems,
+        endpoints: endpoints(runner),
+    }
+}
+
+/// An expired directory stays in force for the peers that there are; somebody has to know.
+fn expired(runner: &Runner) -> Option<String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_millis();
+    let expires = u128::try_from(runner.expires_unix_ms.filter(|ms| *ms > 0)?).ok()?;
+    (now > expires).then(|| {
+        let hours = (now - expires) / 3_600_000;
+        format!("the directory expired {hours} h ago: peers stay as they are, new ones are not accepted")
+    })
+}
+
+fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
+    let desired = &runner.agent.desired().endpoints;
+    let status = |(index, endpoint): (u16, &warren_agent_core::Endpoint)| {
+        let known = endpoint.addresses.iter().find_map(|address| runner.agent.workload(*address));
+        EndpointStatus {
+            pod: endpoint.pod.clone().or_else(|| known.map(|workload| workload.pod.clone())),
+            addresses: endpoint.addresses.iter().copied().collect(),
+            host_ifindex: endpoint.ifindex,
+            identity: desired.get(&endpoint.ifindex).map_or(endpoint.identity, |entry| entry.identity),
+            ready: runner.agent.endpoint_ready(index),
+        }
+    };
+    runner.agent.endpoints().iter().map(status).collect()
+}
+
+/// The report to `keyd`.
+pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentStatus {
+    let own: BTreeMap<&str, _> = status.interfaces.iter().map(|i| (i.name.as_str(), i)).collect();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let peers = status.peers.iter().map(|peer| {
+        let interface = own.get(peer.interface.as_str());
+        let handshake = peer.last_handshake_seconds.map_or(0, |age| now.saturating_sub(age).saturating_mul(1000));
+        proto::PeerStatus {
+            node: peer.node.as_ref().map_or_else(String::new, ToString::to_string),
+            slot: interface.map_or(0, |interface| interface.slot.into()),
+            own_public_key: interface.and_then(|i| i.public_key).map_or_else(Vec::new, |k| k.as_bytes().to_vec()),
+            public_key: peer.public_key.as_bytes().to_vec(),
+            endpoint: peer.endpoint.map_or_else(String::new, |endpoint| endpoint.to_string()),
+            last_handshake_unix_ms: i64::try_from(handshake).unwrap_or(i64::MAX),
+            received_bytes: peer.received_bytes,
+            sent_bytes: peer.sent_bytes,
+            ready: peer.last_handshake_seconds.is_some_and(|age| age <= FRESH),
+        }
+    });
+    let slots = status.interfaces.iter().filter_map(|interface| {
+        Some(proto::Slot {
+            slot: interface.slot.into(),
+            port: interface.port.into(),
+            generation: interface.generation,
+            public_key: interface.public_key?.as_bytes().to_vec(),
+        })
+    });
+    let agent = agent(runner);
+    let (epoch, version) = agent.snapshot.unwrap_or_default();
+    proto::AgentStatus {
+        encryption: status.enabled,
+        datapath: convert::datapath_to_proto(Some(status.datapath)).into(),
+        interface: slot_device(0),
+        slots: slots.collect(),
+        peers: peers.collect(),
+        problems: status.mismatches.iter().cloned().chain(agent.failing).chain(agent.problems).collect(),
+        drops: status.drops.iter().cloned().collect(),
+        endpoints: u32::try_from(agent.endpoints.len()).unwrap_or(u32::MAX),
+        exemptions: status.exemptions.clone(),
+        agent_version: agent.version,
+        epoch,
+        version,
+    }
+}
+
+/// `mesh-agent encrypt status`: exit code 1 where anything differs from what is wanted.
+pub(crate) fn encrypt_main(options: &StatusOptions) -> ExitCode {
+    match call(&options.socket, &Request::EncryptStatus, ANSWER_TIME) {
+        Ok(Response::EncryptStatus(status)) => {
+            print(options.output, &*status, encrypt_text);
+            if status.mismatches.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        other => unexpected(other),
+    }
+}
+
+/// `mesh-agent status`: exit code 1 where the agent is not healthy.
+pub(crate) fn agent_main(options: &StatusOptions) -> ExitCode {
+    match call(&options.socket, &Request::Status, ANSWER_TIME) {
+        Ok(Response::Status(status)) => {
+            print(options.output, &*status, agent_text);
+            if status.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        }
+        other => unexpected(other),
+    }
+}
+
+fn unexpected(response: Result<Response, warren_agent_api::ClientError>) -> ExitCode {
+    match response {
+        Ok(Response::Error { message, .. }) => eprintln!("mesh-agent: {message}"),
+        Ok(_) => eprintln!("mesh-agent: the agent answered something else: is it of another version?"),
+        Err(error) => eprintln!("mesh-agent: {error}"),
+    }
+    ExitCode::FAILURE
+}
+
+fn print<T: serde::Serialize>(output: Output, status: &T, text: impl Fn(&T) -> String) {
+    match output {
+        Output::Text => print!("{}", text(status)),
+        Output::Json => match serde_json::to_string_pretty(status) {
+            Ok(json) => println!("{json}"),
+            Err(error) => eprintln!("mesh-agent: {error}"),
+        },
+    }
+}
+
+/// In the spirit of `wg show`.
+fn encrypt_text(status: &EncryptStatus) -> String {
+    let mut out = String::new();
+    let state = match (status.enabled, status.mismatches.is_empty()) {
+        (true, _) => "WireGuard",
+        (false, true) => "Disabled",
+        (false, false) => "Degraded",
+    };
+    let _ = writeln!(out, "Encryption: {state}");
+    for mismatch in &status.mismatches {
+        let _ = writeln!(out, "  ! {mismatch}");
+    }
+    let datapath = match status.datapath {
+        Datapath::Kernel => "kernel",
+        Datapath::Userspace => "userspace",
+    };
+    let _ = writeln!(out, "Datapath: {datapath}");
+    for interface in &status.interfaces {
+        let key = interface.public_key.map_or_else(|| "(none)".to_owned(), |key| key.to_string());
+        let peers = status.peers.iter().filter(|peer| peer.interface == interface.name).count();
+        let _ = writeln!(out, "\ninterface: {}", interface.name);
+        let _ = writeln!(out, "  public key: {key}");
+        let _ = writeln!(out, "  listening port: {}", interface.port);
+        let _ = writeln!(out, "  key generation: {}", interface.generation);
+        let _ = writeln!(out, "  mtu: {}", interface.mtu);
+        let _ = writeln!(out, "  number of peers: {peers}");
+    }
+    for peer in &status.peers {
+        peer_text(&mut out, peer);
+    }
+    let _ = writeln!(out, "\nNot tunnelled:");
+    for exemption in &status.exemptions {
+        let _ = writeln!(out, "  {exemption}");
+    }
+    let dropped: Vec<_> = status.drops.iter().filter(|(_, packets)| *packets > 0).collect();
+    let _ = writeln!(out, "\nDropped packets:{}", if dropped.is_empty() { " none" } else { "" });
+    for (reason, packets) in dropped {
+        let _ = writeln!(out, "  {reason}: {packets}");
+    }
+    out
+}
+
+fn peer_text(out: &mut String, peer: &PeerStatus) {
+    let node = peer.node.as_ref().map_or("(unknown node)", |node| node.as_str());
+    let _ = writeln!(out, "\npeer: {}", peer.public_key);
+    let _ = writeln!(out, "  node: {node}");
+    let endpoint = peer.endpoint.map_or_else(|| "(none)".to_owned(), |endpoint| endpoint.to_string());
+    let _ = writeln!(out, "  endpoint: {endpoint}");
+    let handshake = peer.last_handshake_seconds.map_or_else(|| "never".to_owned(), ago);
+    let _ = writeln!(out, "  latest handshake: {handshake}");
+    let (received, sent) = (bytes(peer.received_bytes), bytes(peer.sent_bytes));
+    let _ = writeln!(out, "  transfer: {received} received, {sent} sent");
+    let prefixes: Vec<_> = peer.allowed_prefixes.iter().map(ToString::to_string).collect();
+    let prefixes = if prefixes.is_empty() { "(none)".to_owned() } else { prefixes.join(", ") };
+    let _ = writeln!(out, "  allowed prefixes: {prefixes}");
+}
+
+fn agent_text(status: &AgentStatus) -> String {
+    let mut out = String::new();
+    let _ = writeln!(out, "Agent: {}", if status.healthy { "OK" } else { "not healthy" });
+    let _ = writeln!(out, "Node: {}", status.node);
+    let _ = writeln!(out, "Version: {}", status.version);
+    let _ = writeln!(out, "Keyd: {}", status.keyd.as_deref().unwrap_or("not connected"));
+    let snapshot = status.snapshot.map_or_else(|| "none".to_owned(), |(e, v)| format!("epoch {e}, version {v}"));
+    let _ = writeln!(out, "Directory: {snapshot}");
+    for (title, lines) in [("Failing", &status.failing), ("Problems", &status.problems)] {
+        if !lines.is_empty() {
+            let _ = writeln!(out, "{title}:");
+            for line in lines {
+                let _ = writeln!(out, "  ! {line}");
+            }
+        }
+    }
+    let _ = writeln!(out, "Pods: {}", status.endpoints.len());
+    for endpoint in &status.endpoints {
+        let pod = endpoint.pod.as_ref().map_or_else(|| "(not known yet)".to_owned(), ToString::to_string);
+        let addresses: Vec<_> = endpoint.addresses.iter().map(ToString::to_string).collect();
+        let identity = match endpoint.identity.reserved_name() {
+            Some(name) => format!("{} ({name})", endpoint.identity),
+            None => endpoint.identity.to_string(),
+        };
+        let ready = if endpoint.ready { "ready" } else { "not ready" };
+        let _ = writeln!(out, "  {pod}  {}  identity {identity}  {ready}", addresses.join(" "));
+    }
+    out
+}
+
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0 => "now".into(),
+        1 => "1 second ago".into(),
+        2..=119 => format!("{seconds} seconds ago"),
+        120..=7199 => format!("{} minutes, {} seconds ago", seconds / 60, seconds % 60),
+        _ => format!("{} hours, {} minutes ago", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = UNITS[0];
+    for next in &UNITS[1..] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    format!("{value:.2} {unit}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_sizes_read_well() {
+        assert_eq!(ago(0), "now");
+        assert_eq!(ago(61), "61 seconds ago");
+        assert_eq!(ago(125), "2 minutes, 5 seconds ago");
+        assert_eq!(ago(3 * 3600 + 60), "3 hours, 1 minutes ago");
+        assert_eq!(bytes(0), "0 B");
+        assert_eq!(bytes(1536), "1.50 KiB");
+        assert_eq!(bytes(5 * 1024 * 1024), "5.00 MiB");
+        assert_eq!(bytes(u64::MAX), "16384.00 PiB");
+    }
+
+    #[test]
+    fn the_text_says_what_is_wrong_first() {
+        let status = EncryptStatus {
+            enabled: false,
+            mismatches: vec!["warren0 is down".into()],
+            datapath: Datapath::Userspace,
+            interfaces: vec![],
+            peers: vec![],
+            exemptions: vec!["x".into()],
+            drops: vec![("no-path".into(), 3), ("policy".into(), 0)],
+        };
+        let text = encrypt_text(&status);
+        assert!(text.starts_with("Encryption: Degraded\n  ! warren0 is down\n"), "{text}");
+        assert!(text.contains("no-path: 3") && !text.contains("policy"));
+    }
+}
