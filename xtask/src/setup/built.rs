@@ -225,17 +225,24 @@ fn go(
     })
 }
 
-/// Kubernetes programs without their version are refused by kubectl ("could not parse pre-release/metadata").
+/// Versions that upstream's own build puts in. Kubernetes programs without theirs are refused by kubectl ("could not
+/// parse pre-release/metadata"); helm without its renders for Kubernetes 1.20.
 fn linker_flags(module: &str) -> String {
-    if module != "control-plane" {
-        return "-s -w".into();
+    let (major, minor) = KUBERNETES.split_once('.').unwrap_or((KUBERNETES, "0"));
+    let minor = minor.split('.').next().unwrap_or(minor);
+    match module {
+        "control-plane" => {
+            let version = "k8s.io/component-base/version";
+            format!(
+                "-s -w -X {version}.gitVersion=v{KUBERNETES} -X {version}.gitMajor={major} -X {version}.gitMinor={minor}"
+            )
+        }
+        "helm" => {
+            let version = "helm.sh/helm/v3/pkg/chartutil";
+            format!("-s -w -X {version}.k8sVersionMajor={major} -X {version}.k8sVersionMinor={minor}")
+        }
+        _ => "-s -w".into(),
     }
-    let variable = "k8s.io/component-base/version";
-    let mut parts = KUBERNETES.split('.');
-    let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    format!(
-        "-s -w -X {variable}.gitVersion=v{KUBERNETES} -X {variable}.gitMajor={major} -X {variable}.gitMinor={minor}"
-    )
 }
 
 /// go.mod, go.sum and the Go files of a module, sorted.
