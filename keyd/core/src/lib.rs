@@ -14,6 +14,7 @@ mod identities;
 mod keys;
 mod labels;
 mod nodes;
+pub mod policy;
 mod publish;
 mod sessions;
 mod stored;

@@ -38,12 +38,7 @@ pub(crate) struct Sessions {
 
 impl Sessions {
     /// Registers a stream; returns the older one of the same node.
-    pub(crate) fn open(
-        &mut self,
-        id: SessionId,
-        node: NodeName,
-        resume: (u64, u64),
-    ) -> Option<SessionId> {
+    pub(crate) fn open(&mut self, id: SessionId, node: NodeName, resume: (u64, u64)) -> Option<SessionId> {
         let older = self.by_node.insert(node.clone(), id).filter(|older| *older != id);
         if let Some(older) = older {
             self.by_id.remove(&older);
@@ -52,7 +47,6 @@ impl Sessions {
             id,
             Session {
                 node,
-                uid,
                 applied: 0,
                 greet: Some(resume),
             },
