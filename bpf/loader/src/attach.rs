@@ -103,7 +103,10 @@ impl Attacher {
 
     /// Names a link, taking the name from another; that one is detached by it.
     pub(crate) fn pin_over(&self, link: &OwnedFd, path: &Path) -> Result<(), Error> {
-        let temporary = path.with_extension("new");
+        // No dot: a bpffs keeps names with dots for itself.
+        let mut temporary = path.as_os_str().to_owned();
+        temporary.push("-new");
+        let temporary = PathBuf::from(temporary);
         remove(&temporary)?;
         sys::pin(link, &temporary).map_err(|source| Error::Io {
             path: temporary.clone(),

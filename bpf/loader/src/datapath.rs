@@ -36,7 +36,7 @@ use crate::{
 pub struct Datapath {
     pin_dir: PathBuf,
     marks: MarkCodec,
-    programs: Programs,
+    pub(crate) programs: Programs,
     maps: Maps,
     attacher: Attacher,
     reasons: Reasons,

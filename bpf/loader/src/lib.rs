@@ -22,3 +22,6 @@ pub use types::{
     AttachMode, Attachment, Config, DropCount, Endpoint, NodeAddress, Owner, OwnerKind, Path, Role,
 };
 pub use warren_abi::{MAX_ENDPOINT_ADDRESSES, MAX_ENDPOINT_INDEX};
+
+#[cfg(test)]
+mod tests;

@@ -68,7 +68,7 @@ impl Attributes {
         self
     }
 
-    fn fd(self, offset: usize, fd: impl AsFd) -> Self {
+    fn fd(self, offset: usize, fd: &impl AsFd) -> Self {
         self.u32(offset, fd.as_fd().as_raw_fd().cast_unsigned())
     }
 
@@ -119,7 +119,7 @@ pub(crate) fn pin(fd: impl AsFd, path: &Path) -> io::Result<()> {
     let path = c_path(path)?;
     Attributes::new()
         .pointer(0, path.as_ptr())
-        .fd(8, fd)
+        .fd(8, &fd)
         .call(OBJ_PIN)
         .map(drop)
 }
@@ -137,7 +137,7 @@ pub(crate) fn open_pin(path: &Path) -> io::Result<Option<OwnedFd>> {
 /// Attaches a program before all others at a TCX hook.
 pub(crate) fn tcx_attach(program: impl AsFd, ifindex: u32, direction: Direction) -> io::Result<OwnedFd> {
     Attributes::new()
-        .fd(0, program)
+        .fd(0, &program)
         .u32(4, ifindex)
         .u32(8, direction.attach_type())
         .u32(12, BPF_F_BEFORE)
@@ -147,8 +147,8 @@ pub(crate) fn tcx_attach(program: impl AsFd, ifindex: u32, direction: Direction)
 /// Replaces the program of a link at one moment.
 pub(crate) fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()> {
     Attributes::new()
-        .fd(0, link)
-        .fd(4, program)
+        .fd(0, &link)
+        .fd(4, &program)
         .call(LINK_UPDATE)
         .map(drop)
 }
@@ -157,7 +157,7 @@ pub(crate) fn link_update(link: impl AsFd, program: impl AsFd) -> io::Result<()>
 pub(crate) fn raw_tracepoint_attach(program: impl AsFd, name: &CStr) -> io::Result<OwnedFd> {
     Attributes::new()
         .pointer(0, name.as_ptr())
-        .fd(8, program)
+        .fd(8, &program)
         .open(RAW_TRACEPOINT_OPEN)
 }
 
@@ -251,7 +251,7 @@ fn object_info(object: impl AsFd, info: &mut [u8]) -> io::Result<()> {
     let length = info.len() as u32;
     let pointer = info.as_mut_ptr();
     Attributes::new()
-        .fd(0, object)
+        .fd(0, &object)
         .u32(4, length)
         .pointer(8, pointer)
         .call(OBJ_GET_INFO_BY_FD)

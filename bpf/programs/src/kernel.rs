@@ -55,6 +55,18 @@ impl Packet for Skb<'_> {
     fn length(&self) -> usize {
         self.0.len() as usize
     }
+
+    /// Through the packet's control block, which is ours while the program runs: what is read from there can be
+    /// anything.
+    #[inline(always)]
+    fn forget(&self, number: usize) -> usize {
+        // SAFETY: the context of a classifier is a valid `__sk_buff` while the program runs.
+        unsafe {
+            let place = &raw mut (*self.0.skb.skb).cb[0];
+            place.write_volatile(number as u32);
+            place.read_volatile() as usize
+        }
+    }
 }
 
 /// What the kernel says about a packet.

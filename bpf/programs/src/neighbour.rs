@@ -124,7 +124,7 @@ fn check_options<P: Packet>(
                 return Err(DropReason::SpoofedNeighbour);
             }
         }
-        offset += usize::from(units) * 8;
+        offset = packet.forget(offset + usize::from(units) * 8);
     }
     if offset == ip.end {
         Ok(())

@@ -114,7 +114,7 @@ impl Transport {
             };
             let [following] = ip.load::<1, _>(packet, offset)?;
             next = following;
-            offset += length;
+            offset = packet.forget(offset + length);
         }
         match next {
             HOP_BY_HOP | DESTINATION | MOBILITY | HOST_IDENTITY | SHIM6 | ROUTING | AUTHENTICATION
@@ -152,14 +152,14 @@ fn refuse_source_route<P: Packet>(packet: &P, ip: &Ip) -> Result<(), DropReason>
         let [kind] = ip.load::<1, _>(packet, offset)?;
         match kind {
             0 => return Ok(()),
-            1 => offset += 1,
+            1 => offset = packet.forget(offset + 1),
             131 | 137 => return Err(DropReason::SourceRoute),
             _ => {
                 let [length] = ip.load::<1, _>(packet, offset + 1)?;
                 if length < 2 || offset + usize::from(length) > ip.payload {
                     return Err(DropReason::Malformed);
                 }
-                offset += usize::from(length);
+                offset = packet.forget(offset + usize::from(length));
             }
         }
     }

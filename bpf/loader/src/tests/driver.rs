@@ -1,0 +1,1 @@
+//! Attaching to real devices in private namespaces.

@@ -1,0 +1,103 @@
+//! Packets, and runs of the loaded programs on them.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
+
+use crate::Datapath;
+
+pub(crate) const PASS: i32 = -1;
+pub(crate) const DROP: i32 = 2;
+pub(crate) const REDIRECT: i32 = 7;
+
+/// Offsets in `struct __sk_buff`, and its size.
+const MARK: usize = 8;
+const IFINDEX: usize = 40;
+const SIZE: usize = 192;
+
+/// Runs a program on a frame that is on a device; returns its answer and the mark afterwards.
+pub(crate) fn run(
+    datapath: &mut Datapath,
+    program: &str,
+    frame: &[u8],
+    ifindex: u32,
+    mark: u32,
+) -> (i32, u32) {
+    let mut before = [0_u8; SIZE];
+    before[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
+    before[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+    let mut after = [0_u8; SIZE];
+    let mut options = TestRunOptions::new();
+    options.data_in = Some(frame);
+    options.ctx_in = Some(&before);
+    options.ctx_out = Some(&mut after);
+    let program: &SchedClassifier = datapath
+        .programs
+        .ebpf()
+        .program(program)
+        .expect("exists")
+        .try_into()
+        .expect("is a classifier");
+    let result = program.test_run(options).expect("runs");
+    let mark = u32::from_ne_bytes(after[MARK..MARK + 4].try_into().expect("four bytes"));
+    (result.return_value.cast_signed(), mark)
+}
+
+pub(crate) fn ethernet(source: [u8; 6], ethertype: u16, payload: &[u8]) -> Vec<u8> {
+    [
+        &[2, 0, 0, 0, 0, 2],
+        &source[..],
+        &ethertype.to_be_bytes(),
+        payload,
+    ]
+    .concat()
+}
+
+pub(crate) fn vlan(ethertype: u16, frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], &ethertype.to_be_bytes(), &[0, 7], &frame[12..]].concat()
+}
+
+/// A UDP packet of the family of its addresses, in a frame.
+pub(crate) fn udp(mac: [u8; 6], source: &str, destination: &str) -> Vec<u8> {
+    let datagram = [0x30, 0x39, 0, 80, 0, 12, 0, 0, 1, 2, 3, 4];
+    match source.parse::<Ipv4Addr>() {
+        Ok(source) => {
+            let destination: Ipv4Addr = destination.parse().expect("of the same family");
+            let header = [0x45, 0, 0, 32, 0, 1, 0, 0, 64, 17, 0, 0];
+            let packet = [&header[..], &source.octets(), &destination.octets(), &datagram].concat();
+            ethernet(mac, 0x0800, &packet)
+        }
+        Err(_) => ethernet(mac, 0x86dd, &v6(source, destination, 17, 64, &datagram)),
+    }
+}
+
+pub(crate) fn v6(source: &str, destination: &str, next: u8, hops: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(payload.len()).expect("fits").to_be_bytes();
+    let octets = |text: &str| text.parse::<Ipv6Addr>().expect("is an address").octets();
+    [
+        &[0x60, 0, 0, 0, length[0], length[1], next, hops],
+        &octets(source)[..],
+        &octets(destination),
+        payload,
+    ]
+    .concat()
+}
+
+pub(crate) fn arp(mac: [u8; 6], sender: [u8; 4]) -> Vec<u8> {
+    let body = [
+        &[0, 1, 8, 0, 6, 4, 0, 1],
+        &mac[..],
+        &sender,
+        &[0; 6],
+        &[10, 244, 1, 1],
+    ]
+    .concat();
+    ethernet(mac, 0x0806, &body)
+}
+
+/// A neighbour advertisement for a target, with a link-layer address.
+pub(crate) fn advertisement(mac: [u8; 6], source: &str, target: &str, claimed: [u8; 6]) -> Vec<u8> {
+    let target = target.parse::<Ipv6Addr>().expect("is an address").octets();
+    let message = [&[136, 0, 0, 0, 0x20, 0, 0, 0], &target[..], &[2, 1], &claimed].concat();
+    ethernet(mac, 0x86dd, &v6(source, "ff02::1", 58, 255, &message))
+}

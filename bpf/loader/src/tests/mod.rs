@@ -1,0 +1,80 @@
+//! Tests with the real kernel. They need root, and fail without.
+
+mod budget;
+mod driver;
+mod frames;
+mod isolation;
+mod stack;
+mod verdicts;
+
+use std::{net::IpAddr, path::Path as FilePath};
+
+use ipnet::IpNet;
+
+use crate::{AttachMode, Config, Datapath, Endpoint, Owner, OwnerKind};
+
+pub(crate) const POD_MAC: [u8; 6] = [0x0a, 0x58, 0x0a, 0xf4, 1, 2];
+pub(crate) const POD_INDEX: u16 = 5;
+
+pub(crate) fn config(pins: &FilePath) -> Config {
+    Config {
+        pin_dir: pins.join("warren"),
+        mark_mask: 0x3f7f,
+        pod_pools: vec![net("10.244.0.0/16"), net("fd00:10:244::/48")],
+        attach: AttachMode::Auto,
+        encryption: true,
+    }
+}
+
+pub(crate) fn net(text: &str) -> IpNet {
+    text.parse().expect("is a prefix")
+}
+
+pub(crate) fn ip(text: &str) -> IpAddr {
+    text.parse().expect("is an address")
+}
+
+pub(crate) fn pod(ifindex: u32) -> Endpoint {
+    Endpoint {
+        ifindex,
+        index: POD_INDEX,
+        mac: POD_MAC,
+        addresses: vec![ip("10.244.1.2"), ip("fd00:10:244:1::2")],
+        identity: 256,
+    }
+}
+
+/// Node 1 with its prefixes and nodes 2 and 3.
+pub(crate) fn set_owners(datapath: &mut Datapath) {
+    let local = |kind| Owner {
+        kind,
+        node: 0,
+        identity: 1,
+    };
+    let remote = |kind, node| Owner {
+        kind,
+        node,
+        identity: 300,
+    };
+    for (prefix, owner) in [
+        ("10.244.1.0/24", local(OwnerKind::LocalPod)),
+        ("fd00:10:244:1::/64", local(OwnerKind::LocalPod)),
+        ("192.168.0.1/32", local(OwnerKind::LocalNode)),
+        ("10.244.2.0/24", remote(OwnerKind::RemotePod, 2)),
+        ("fd00:10:244:2::/64", remote(OwnerKind::RemotePod, 2)),
+        ("192.168.0.2/32", remote(OwnerKind::RemoteNode, 2)),
+        ("10.244.3.0/24", remote(OwnerKind::RemotePod, 65_535)),
+        ("fd00:10:244:3::/64", remote(OwnerKind::RemotePod, 65_535)),
+    ] {
+        datapath.set_owner(net(prefix), owner).expect("sets an owner");
+    }
+}
+
+/// Packets dropped for a reason.
+pub(crate) fn dropped(datapath: &Datapath, reason: &str) -> u64 {
+    let drops = datapath.drops().expect("reads the counters");
+    drops
+        .into_iter()
+        .find(|(name, _)| name == reason)
+        .map_or(0, |(_, packets)| packets)
+}

@@ -1,0 +1,1 @@
+//! Drops by the kernel's stack.
