@@ -4,7 +4,7 @@
 //! Types and a small blocking client; no server, no tokio.
 
 use std::{
-    io::{BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, ErrorKind, Write as _},
     net::IpAddr,
     os::unix::net::UnixStream,
     path::Path,
@@ -205,14 +205,28 @@ pub enum ClientError {
 
 /// Sends one request and waits at most `timeout` for the response.
 pub fn call(socket: &Path, request: &Request, timeout: Duration) -> Result<Response, ClientError> {
-    let mut stream = UnixStream::connect(socket)
-        .map_err(|source| ClientError::Connect { path: socket.display().to_string(), source })?;
+    let mut stream = UnixStream::connect(socket).map_err(|source| ClientError::Connect {
+        path: socket.display().to_string(),
+        source,
+    })?;
     stream.set_read_timeout(Some(timeout))?;
     stream.set_write_timeout(Some(timeout))?;
     let mut line = serde_json::to_vec(request)?;
     line.push(b'\n');
     stream.write_all(&line)?;
     let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
+    BufReader::new(stream)
+        .read_line(&mut answer)
+        .map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => io::Error::new(
+                ErrorKind::TimedOut,
+                format!("nothing came within {} s", timeout.as_secs_f32()),
+            ),
+            _ => error,
+        })?;
+    if !answer.ends_with('\n') {
+        let cut = "the connection was closed before the answer was complete";
+        return Err(io::Error::new(ErrorKind::UnexpectedEof, cut).into());
+    }
     Ok(serde_json::from_str(&answer)?)
 }
