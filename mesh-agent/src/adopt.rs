@@ -35,13 +35,19 @@ pub(crate) async fn adopt(runner: &mut Runner) {
         if runner.agent.endpoints().by_link(veth.ifindex).is_some() {
             continue;
         }
-        let addresses: std::collections::BTreeSet<_> =
-            veth.addresses.into_iter().filter(|address| pools.iter().any(|pool| pool.contains(address))).collect();
+        let addresses: std::collections::BTreeSet<_> = veth
+            .addresses
+            .into_iter()
+            .filter(|address| pools.iter().any(|pool| pool.contains(address)))
+            .collect();
         if addresses.is_empty() {
             continue;
         }
         let Some(mac) = veth.mac else {
-            tracing::warn!(ifindex = veth.ifindex, "a pod's device whose MAC address is not known stays behind the barrier");
+            tracing::warn!(
+                ifindex = veth.ifindex,
+                "a pod's device whose MAC address is not known stays behind the barrier"
+            );
             continue;
         };
         tracing::info!(ifindex = veth.ifindex, ?addresses, seen_by = ?veth.seen_by, "adopted a pod");

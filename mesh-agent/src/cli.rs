@@ -131,8 +131,14 @@ pub(crate) enum Output {
 impl Cli {
     /// Logs go to stderr; `RUST_LOG` chooses, info is the default.
     pub(crate) fn init_logging(&self) {
-        let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+        let filter = EnvFilter::builder()
+            .with_default_directive(LevelFilter::INFO.into())
+            .from_env_lossy();
+        tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(false)
+            .init();
     }
 }
 
@@ -163,7 +169,15 @@ mod tests {
         for good in ["10.0.0.1:4250", "keyd.example:1", "[fd00::1]:4250"] {
             assert_eq!(host_and_port(good).as_deref(), Ok(good));
         }
-        for bad in ["", "host", ":4250", "host:", "host:0", "host:65536", "fd00::1:4250"] {
+        for bad in [
+            "",
+            "host",
+            ":4250",
+            "host:",
+            "host:0",
+            "host:65536",
+            "fd00::1:4250",
+        ] {
             assert!(host_and_port(bad).is_err(), "{bad}");
         }
     }

@@ -18,7 +18,10 @@ const IDENTITY_TIME: Duration = Duration::from_secs(12);
 const PROGRAM_TIME: Duration = Duration::from_secs(12);
 
 fn refuse(message: impl Into<String>, retry: bool) -> Response {
-    Response::Error { message: message.into(), retry }
+    Response::Error {
+        message: message.into(),
+        retry,
+    }
 }
 
 /// CNI ADD: the identity first, then the programs; answered when traffic may flow.
@@ -46,14 +49,27 @@ fn acceptable(runner: &Runner, attachment: &Attachment) -> Result<(), Response> 
         return Err(refuse("the plugins before gave the pod no address", false));
     }
     let pools = &runner.config.cluster.pod_pools;
-    if let Some(stray) = attachment.addresses.iter().find(|a| !pools.iter().any(|pool| pool.contains(*a))) {
-        let message = format!("pod address {stray} lies outside podPools: add its prefix to the cluster's configuration");
+    if let Some(stray) = attachment
+        .addresses
+        .iter()
+        .find(|a| !pools.iter().any(|pool| pool.contains(*a)))
+    {
+        let message = format!(
+            "pod address {stray} lies outside podPools: add its prefix to the cluster's configuration"
+        );
         return Err(refuse(message, false));
     }
     for ipv6 in [false, true] {
-        let count = attachment.addresses.iter().filter(|address| address.is_ipv6() == ipv6).count();
+        let count = attachment
+            .addresses
+            .iter()
+            .filter(|address| address.is_ipv6() == ipv6)
+            .count();
         if count > warren_abi::MAX_ENDPOINT_ADDRESSES {
-            return Err(refuse(format!("the pod has {count} addresses of one family: at most 4 are supported"), false));
+            return Err(refuse(
+                format!("the pod has {count} addresses of one family: at most 4 are supported"),
+                false,
+            ));
         }
     }
     Ok(())
@@ -69,7 +85,10 @@ pub(crate) fn identified(
     let identity = match result {
         Ok(identity) => identity,
         Err(Refused::No { reason, retry }) => {
-            let _ = reply.send(refuse(format!("keyd refuses pod {}: {reason}", attachment.pod), retry));
+            let _ = reply.send(refuse(
+                format!("keyd refuses pod {}: {reason}", attachment.pod),
+                retry,
+            ));
             return;
         }
         Err(Refused::Unreachable) => match without_keyd(runner, &attachment) {
@@ -84,26 +103,45 @@ pub(crate) fn identified(
     match runner.agent.add_endpoint(endpoint(&attachment, identity), &held) {
         Some(index) => {
             tracing::info!(pod = %attachment.pod, index, %identity, addresses = ?attachment.addresses, "pod added");
-            runner.waiting.push(Waiting { index, reply, deadline: Instant::now() + PROGRAM_TIME });
+            runner.waiting.push(Waiting {
+                index,
+                reply,
+                deadline: Instant::now() + PROGRAM_TIME,
+            });
             runner.mark_dirty();
         }
         None => {
-            let _ = reply.send(refuse("this node has as many pods as the packet mark can name (4095)", true));
+            let _ = reply.send(refuse(
+                "this node has as many pods as the packet mark can name (4095)",
+                true,
+            ));
         }
     }
 }
 
 /// With `keyd` away a pod may start where its address is this node's own beyond doubt; its identity comes later.
 fn without_keyd(runner: &Runner, attachment: &Attachment) -> Result<(), String> {
-    let why = runner.keyd_fault.clone().unwrap_or_else(|| "it does not answer".into());
+    let why = runner
+        .keyd_fault
+        .clone()
+        .unwrap_or_else(|| "it does not answer".into());
     if runner.config.cluster.prefix_source == PrefixSource::PodIp {
-        return Err(format!("keyd cannot confirm who owns {}: {why}", list(&attachment.addresses)));
+        return Err(format!(
+            "keyd cannot confirm who owns {}: {why}",
+            list(&attachment.addresses)
+        ));
     }
     let Some(own) = runner.agent.own_record() else {
         return Err(format!("this node's own prefixes are not known yet: {why}"));
     };
-    match attachment.addresses.iter().find(|address| !own.prefixes.iter().any(|prefix| prefix.contains(*address))) {
-        Some(stray) => Err(format!("pod address {stray} lies outside this node's prefixes, and keyd is away: {why}")),
+    match attachment
+        .addresses
+        .iter()
+        .find(|address| !own.prefixes.iter().any(|prefix| prefix.contains(*address)))
+    {
+        Some(stray) => Err(format!(
+            "pod address {stray} lies outside this node's prefixes, and keyd is away: {why}"
+        )),
         None => Ok(()),
     }
 }
@@ -116,7 +154,9 @@ pub(crate) fn settle(runner: &mut Runner) {
         } else if Instant::now() >= waiting.deadline {
             let why = runner.agent.failing().into_iter().next();
             let why = why.unwrap_or_else(|| "it took too long".into());
-            let _ = waiting.reply.send(refuse(format!("the pod could not be programmed: {why}"), true));
+            let _ = waiting
+                .reply
+                .send(refuse(format!("the pod could not be programmed: {why}"), true));
         } else {
             runner.waiting.push(waiting);
         }
@@ -136,16 +176,29 @@ pub(crate) fn delete(runner: &mut Runner, key: &AttachmentKey) -> Response {
 
 /// CNI CHECK.
 pub(crate) fn check(runner: &Runner, attachment: &Attachment) -> Response {
-    let found = runner.agent.endpoints().by_key(&key_of(&attachment.key)).filter(|(_, e)| !e.deleted);
+    let found = runner
+        .agent
+        .endpoints()
+        .by_key(&key_of(&attachment.key))
+        .filter(|(_, e)| !e.deleted);
     let Some((index, endpoint)) = found else {
-        return refuse(format!("pod {} is not known to this agent", attachment.pod), false);
+        return refuse(
+            format!("pod {} is not known to this agent", attachment.pod),
+            false,
+        );
     };
     let addresses: BTreeSet<IpAddr> = attachment.addresses.iter().copied().collect();
     if endpoint.addresses != addresses {
-        return refuse(format!("pod {} has other addresses than at ADD", attachment.pod), false);
+        return refuse(
+            format!("pod {} has other addresses than at ADD", attachment.pod),
+            false,
+        );
     }
     if endpoint.ifindex != attachment.host_ifindex {
-        return refuse(format!("pod {} has another device than at ADD", attachment.pod), false);
+        return refuse(
+            format!("pod {} has another device than at ADD", attachment.pod),
+            false,
+        );
     }
     match runner.agent.endpoint_ready(index) {
         true => Response::Done,
@@ -165,7 +218,13 @@ pub(crate) fn collect(runner: &mut Runner, valid: &[AttachmentKey]) -> Response 
         .filter(|key| !valid.contains(key))
         .collect();
     for key in stale {
-        delete(runner, &AttachmentKey { container_id: key.container_id, ifname: key.ifname });
+        delete(
+            runner,
+            &AttachmentKey {
+                container_id: key.container_id,
+                ifname: key.ifname,
+            },
+        );
     }
     Response::Done
 }
@@ -176,7 +235,10 @@ pub(crate) fn status(runner: &Runner) -> Response {
 }
 
 fn key_of(key: &AttachmentKey) -> EndpointKey {
-    EndpointKey { container_id: key.container_id.clone(), ifname: key.ifname.clone() }
+    EndpointKey {
+        container_id: key.container_id.clone(),
+        ifname: key.ifname.clone(),
+    }
 }
 
 fn endpoint(attachment: &Attachment, identity: IdentityId) -> Endpoint {
@@ -192,5 +254,9 @@ fn endpoint(attachment: &Attachment, identity: IdentityId) -> Endpoint {
 }
 
 fn list(addresses: &[IpAddr]) -> String {
-    addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    addresses
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
 }

@@ -21,9 +21,15 @@ impl Config {
         let cluster = read_cluster(&options.config)?;
         let node = node_name(&options.node_name)?;
         if options.trust_dir.is_some() != options.token_file.is_some() {
-            bail!("--trust-dir and --token-file belong together: name both (Kubernetes) or none (stand-alone)");
+            bail!(
+                "--trust-dir and --token-file belong together: name both (Kubernetes) or none (stand-alone)"
+            );
         }
-        Ok(Self { cluster, node, options })
+        Ok(Self {
+            cluster,
+            node,
+            options,
+        })
     }
 }
 
@@ -31,7 +37,9 @@ fn read_cluster(path: &Path) -> Result<ClusterConfig> {
     let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let config: ClusterConfig = serde_saphyr::from_str(&text)
         .map_err(|error| anyhow::anyhow!("{}: {}", path.display(), first_line(&error.to_string())))?;
-    config.validate().map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    config
+        .validate()
+        .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
     Ok(config)
 }
 
@@ -44,7 +52,9 @@ fn first_line(text: &str) -> &str {
 fn node_name(text: &str) -> Result<NodeName> {
     let label = |part: &str| {
         !part.is_empty()
-            && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
             && !part.starts_with('-')
             && !part.ends_with('-')
     };
@@ -67,7 +77,9 @@ pub(crate) async fn choose_datapath(
         (DatapathChoice::Auto, Some(before)) => before,
         (DatapathChoice::Kernel, _) => {
             if !net.kernel_has_wireguard().await? {
-                bail!("datapath is set to kernel, but this kernel has no WireGuard: load the module or use userspace");
+                bail!(
+                    "datapath is set to kernel, but this kernel has no WireGuard: load the module or use userspace"
+                );
             }
             Datapath::Kernel
         }
@@ -98,12 +110,21 @@ mod tests {
     fn a_bad_cluster_file_is_one_sentence_with_its_name() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("cluster.yaml");
-        for text in ["", "podPools: 5", "podPools: []\nnodePools: []", "nonsense: 1\npodPools: [10.0.0.0/8]", "{"] {
+        for text in [
+            "",
+            "podPools: 5",
+            "podPools: []\nnodePools: []",
+            "nonsense: 1\npodPools: [10.0.0.0/8]",
+            "{",
+        ] {
             fs::write(&path, text).unwrap();
             let error = format!("{:#}", read_cluster(&path).unwrap_err());
             assert!(error.contains("cluster.yaml") && !error.contains('\n'), "{error}");
         }
-        let error = format!("{:#}", read_cluster(&directory.path().join("absent")).unwrap_err());
+        let error = format!(
+            "{:#}",
+            read_cluster(&directory.path().join("absent")).unwrap_err()
+        );
         assert!(error.contains("absent"), "{error}");
     }
 }

@@ -56,12 +56,21 @@ impl StateDir {
         let text = match fs::read(&path) {
             Ok(text) => Zeroizing::new(text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return new_key(&path),
-            Err(error) => bail!("cannot read the key file {}: {error}; restore it or remove it", path.display()),
+            Err(error) => bail!(
+                "cannot read the key file {}: {error}; restore it or remove it",
+                path.display()
+            ),
         };
         let damaged = || {
-            format!("the key file {} is damaged: restore it, or remove it to get a new key", path.display())
+            format!(
+                "the key file {} is damaged: restore it, or remove it to get a new key",
+                path.display()
+            )
         };
-        let trimmed = std::str::from_utf8(&text).ok().map(str::trim).with_context(damaged)?;
+        let trimmed = std::str::from_utf8(&text)
+            .ok()
+            .map(str::trim)
+            .with_context(damaged)?;
         let bytes = Zeroizing::new(STANDARD.decode(trimmed).ok().with_context(damaged)?);
         let bytes: Zeroizing<[u8; 32]> =
             Zeroizing::new(bytes.as_slice().try_into().ok().with_context(damaged)?);
@@ -102,14 +111,20 @@ impl StateDir {
     /// by their devices.
     pub(crate) fn load_endpoints(&self) -> SavedEndpoints {
         let path = self.0.join("endpoints.json");
-        let fresh = || SavedEndpoints { boot_id: boot_id(), ..SavedEndpoints::default() };
+        let fresh = || SavedEndpoints {
+            boot_id: boot_id(),
+            ..SavedEndpoints::default()
+        };
         let Ok(text) = fs::read(&path) else { return fresh() };
         match serde_json::from_slice::<SavedEndpoints>(&text) {
             Ok(saved) if saved.boot_id == boot_id() => saved,
             Ok(saved) => {
                 let gone = saved.endpoints.iter().map(|(_, endpoint)| endpoint.clone());
                 let unreported = saved.unreported.iter().cloned().chain(gone).collect();
-                SavedEndpoints { unreported, ..fresh() }
+                SavedEndpoints {
+                    unreported,
+                    ..fresh()
+                }
             }
             Err(error) => {
                 tracing::warn!(file = %path.display(), %error, "the saved pods cannot be read: looking for them");
@@ -129,7 +144,11 @@ impl StateDir {
         match fs::read_to_string(&path) {
             Ok(text) if text.trim() == "kernel" => Ok(Some(Datapath::Kernel)),
             Ok(text) if text.trim() == "userspace" => Ok(Some(Datapath::Userspace)),
-            Ok(text) => bail!("{} says {:?}: write kernel or userspace, or remove it", path.display(), text.trim()),
+            Ok(text) => bail!(
+                "{} says {:?}: write kernel or userspace, or remove it",
+                path.display(),
+                text.trim()
+            ),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
         }
@@ -179,7 +198,11 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&beside)?;
         file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&beside, path)?;
@@ -249,7 +272,9 @@ mod tests {
         state.save_endpoints(&saved).unwrap();
         assert_eq!(state.load_endpoints(), saved);
         saved.boot_id = "before".into();
-        saved.endpoints.add(saved.unreported[0].clone(), &Default::default());
+        saved
+            .endpoints
+            .add(saved.unreported[0].clone(), &Default::default());
         state.save_endpoints(&saved).unwrap();
         let loaded = state.load_endpoints();
         assert!(loaded.endpoints.is_empty());

@@ -33,7 +33,12 @@ pub(crate) struct Health {
 
 impl Default for Health {
     fn default() -> Self {
-        Self { started: Instant::now(), beat: AtomicU64::new(0), ready: AtomicBool::new(false), last: Mutex::new(None) }
+        Self {
+            started: Instant::now(),
+            beat: AtomicU64::new(0),
+            ready: AtomicBool::new(false),
+            last: Mutex::new(None),
+        }
     }
 }
 
@@ -89,15 +94,26 @@ async fn healthz(State(health): State<Arc<Health>>) -> (StatusCode, &'static str
 async fn readyz(State(health): State<Arc<Health>>) -> (StatusCode, &'static str) {
     match health.ready.load(Ordering::Relaxed) {
         true => (StatusCode::OK, "ok\n"),
-        false => (StatusCode::SERVICE_UNAVAILABLE, "not ready: see mesh-agent status\n"),
+        false => (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: see mesh-agent status\n",
+        ),
     }
 }
 
-async fn metrics(State(health): State<Arc<Health>>) -> (StatusCode, [(&'static str, &'static str); 1], String) {
-    let header = [("content-type", "application/openmetrics-text; version=1.0.0; charset=utf-8")];
+async fn metrics(
+    State(health): State<Arc<Health>>,
+) -> (StatusCode, [(&'static str, &'static str); 1], String) {
+    let header = [(
+        "content-type",
+        "application/openmetrics-text; version=1.0.0; charset=utf-8",
+    )];
     let last = health.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut text = String::new();
-    match encode(&mut text, &registry(last.as_ref(), health.ready.load(Ordering::Relaxed))) {
+    match encode(
+        &mut text,
+        &registry(last.as_ref(), health.ready.load(Ordering::Relaxed)),
+    ) {
         Ok(()) => (StatusCode::OK, header, text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, header, error.to_string()),
     }
@@ -106,23 +122,81 @@ async fn metrics(State(health): State<Arc<Health>>) -> (StatusCode, [(&'static s
 /// The report as metrics. Counters end in `_total` by themselves.
 fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registry {
     let mut registry = Registry::with_prefix("warren_agent");
-    gauge(&mut registry, "ready", "Whether pods may be added", i64::from(ready));
-    let Some((encrypt, agent)) = last else { return registry };
-    registry.register("build", "Version", Info::new(vec![("version", agent.version.clone())]));
-    gauge(&mut registry, "encryption_enabled", "Device and programs are as wanted", i64::from(encrypt.enabled));
-    gauge(&mut registry, "encryption_mismatches", "Differences from what is wanted", count(encrypt.mismatches.len()));
-    gauge(&mut registry, "keyd_connected", "Whether a session with keyd is open", i64::from(agent.keyd.is_some()));
-    gauge(&mut registry, "failing_actions", "Actions that failed and are tried again", count(agent.failing.len()));
-    gauge(&mut registry, "problems", "Refused entries and malformed input", count(agent.problems.len()));
-    gauge(&mut registry, "endpoints", "Pods on this node", count(agent.endpoints.len()));
-    gauge(&mut registry, "peers", "Peers on the tunnel devices", count(encrypt.peers.len()));
+    gauge(
+        &mut registry,
+        "ready",
+        "Whether pods may be added",
+        i64::from(ready),
+    );
+    let Some((encrypt, agent)) = last else {
+        return registry;
+    };
+    registry.register(
+        "build",
+        "Version",
+        Info::new(vec![("version", agent.version.clone())]),
+    );
+    gauge(
+        &mut registry,
+        "encryption_enabled",
+        "Device and programs are as wanted",
+        i64::from(encrypt.enabled),
+    );
+    gauge(
+        &mut registry,
+        "encryption_mismatches",
+        "Differences from what is wanted",
+        count(encrypt.mismatches.len()),
+    );
+    gauge(
+        &mut registry,
+        "keyd_connected",
+        "Whether a session with keyd is open",
+        i64::from(agent.keyd.is_some()),
+    );
+    gauge(
+        &mut registry,
+        "failing_actions",
+        "Actions that failed and are tried again",
+        count(agent.failing.len()),
+    );
+    gauge(
+        &mut registry,
+        "problems",
+        "Refused entries and malformed input",
+        count(agent.problems.len()),
+    );
+    gauge(
+        &mut registry,
+        "endpoints",
+        "Pods on this node",
+        count(agent.endpoints.len()),
+    );
+    gauge(
+        &mut registry,
+        "peers",
+        "Peers on the tunnel devices",
+        count(encrypt.peers.len()),
+    );
     if let Some((epoch, version)) = agent.snapshot {
-        gauge(&mut registry, "snapshot_epoch", "Epoch of the directory in force", epoch.try_into().unwrap_or(i64::MAX));
-        gauge(&mut registry, "snapshot_version", "Its version", version.try_into().unwrap_or(i64::MAX));
+        gauge(
+            &mut registry,
+            "snapshot_epoch",
+            "Epoch of the directory in force",
+            epoch.try_into().unwrap_or(i64::MAX),
+        );
+        gauge(
+            &mut registry,
+            "snapshot_version",
+            "Its version",
+            version.try_into().unwrap_or(i64::MAX),
+        );
     }
     let drops = Family::<Labels, Counter>::default();
     for (reason, packets) in &encrypt.drops {
-        drops.get_or_create(&vec![("reason", reason.clone())]).inc_by(*packets);
+        drops
+            .get_or_create(&vec![("reason", reason.clone())])
+            .inc_by(*packets);
     }
     registry.register("dropped_packets", "Packets dropped, by reason", drops);
     peers(&mut registry, encrypt);
@@ -139,12 +213,19 @@ fn peers(registry: &mut Registry, encrypt: &EncryptStatus) {
         received.get_or_create(&labels).inc_by(peer.received_bytes);
         sent.get_or_create(&labels).inc_by(peer.sent_bytes);
         if let Some(seconds) = peer.last_handshake_seconds {
-            handshake.get_or_create(&labels).set(seconds.try_into().unwrap_or(i64::MAX));
+            handshake
+                .get_or_create(&labels)
+                .set(seconds.try_into().unwrap_or(i64::MAX));
         }
     }
     registry.register_with_unit("peer_received", "Received from a peer", Unit::Bytes, received);
     registry.register_with_unit("peer_sent", "Sent to a peer", Unit::Bytes, sent);
-    registry.register_with_unit("peer_handshake_age", "Since the last handshake", Unit::Seconds, handshake);
+    registry.register_with_unit(
+        "peer_handshake_age",
+        "Since the last handshake",
+        Unit::Seconds,
+        handshake,
+    );
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: i64) {
@@ -184,7 +265,10 @@ mod tests {
         };
         let mut text = String::new();
         encode(&mut text, &registry(Some(&(encrypt, agent)), true)).unwrap();
-        assert!(text.contains("warren_agent_dropped_packets_total{reason=\"no-path\"} 7"), "{text}");
+        assert!(
+            text.contains("warren_agent_dropped_packets_total{reason=\"no-path\"} 7"),
+            "{text}"
+        );
         assert!(text.contains("warren_agent_snapshot_version 6"), "{text}");
     }
 

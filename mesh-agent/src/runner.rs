@@ -48,7 +48,11 @@ pub(crate) enum Input {
     /// From the local socket.
     Local(Request, oneshot::Sender<Response>),
     /// `keyd`'s answer about a pod that is being added.
-    Identity(Box<Attachment>, Result<IdentityId, Refused>, oneshot::Sender<Response>),
+    Identity(
+        Box<Attachment>,
+        Result<IdentityId, Refused>,
+        oneshot::Sender<Response>,
+    ),
     /// `keyd`'s answer about a pod that was told to it again.
     Reported(PodRef, Result<IdentityId, Refused>),
     /// Devices, addresses or routes changed.
@@ -103,7 +107,10 @@ pub(crate) struct Runner {
 /// `mesh-agent run`.
 pub(crate) fn main(options: Box<RunOptions>) -> ExitCode {
     let result = Config::load(*options).and_then(|config| {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()?;
         let result = runtime.block_on(run(config));
         // Blocking reads of other namespaces must not hold up the end.
         runtime.shutdown_timeout(Duration::from_secs(1));
@@ -131,16 +138,30 @@ async fn run(config: Config) -> Result<()> {
         slots: keys.iter().map(|key| key.slot.clone()).collect(),
     };
     let events = net.watch()?;
-    let private = keys.iter().map(|key| (key.slot.slot, key.private.clone())).collect();
+    let private = keys
+        .iter()
+        .map(|key| (key.slot.slot, key.private.clone()))
+        .collect();
     let machine = Machine::open(net, datapath, &settings, private, &config.options)?;
     let (inputs, received) = mpsc::unbounded_channel();
     let (to_keyd, commands) = mpsc::unbounded_channel();
     let (from_keyd, keyd_events) = mpsc::unbounded_channel();
     let directory = keyd::snapshot_root(&config, &state).and_then(|root| state.load_snapshot(root));
-    let mut runner = Runner::new(config.clone(), settings, machine, state.clone(), inputs.clone(), to_keyd);
+    let mut runner = Runner::new(
+        config.clone(),
+        settings,
+        machine,
+        state.clone(),
+        inputs.clone(),
+        to_keyd,
+    );
     if let Some(directory) = &directory {
         let (contents, unreadable) = keyd::contents(directory);
-        tracing::info!(epoch = contents.epoch, version = contents.version, "last good snapshot loaded");
+        tracing::info!(
+            epoch = contents.epoch,
+            version = contents.version,
+            "last good snapshot loaded"
+        );
         runner.unreadable = unreadable;
         runner.expires_unix_ms = directory.manifest().map(|manifest| manifest.expires_unix_ms);
         runner.agent.set_directory(contents);
@@ -173,7 +194,12 @@ async fn run(config: Config) -> Result<()> {
 fn own_keys(config: &Config, state: &StateDir) -> Result<Vec<OwnKey>> {
     let private = state.slot_key(0)?;
     let public_key = proof::public_key(&private);
-    let slot = Slot { slot: 0, port: config.cluster.slot_port(0), generation: 1, public_key };
+    let slot = Slot {
+        slot: 0,
+        port: config.cluster.slot_port(0),
+        generation: 1,
+        public_key,
+    };
     Ok(vec![OwnKey { slot, private }])
 }
 
@@ -211,7 +237,11 @@ impl Runner {
         let saved = state.load_endpoints();
         let mut agent = Agent::new(settings);
         agent.restore_endpoints(saved.endpoints.clone());
-        let unreported = saved.unreported.iter().map(|endpoint| (endpoint.clone(), None)).collect();
+        let unreported = saved
+            .unreported
+            .iter()
+            .map(|endpoint| (endpoint.clone(), None))
+            .collect();
         Self {
             config,
             agent,
@@ -288,7 +318,10 @@ impl Runner {
         if self.observe_fault.is_some() {
             due = due.min(Instant::now() + Duration::from_secs(1));
         }
-        self.waiting.iter().map(|waiting| waiting.deadline).fold(due, Instant::min)
+        self.waiting
+            .iter()
+            .map(|waiting| waiting.deadline)
+            .fold(due, Instant::min)
     }
 
     async fn take(&mut self, input: Input) {
@@ -325,13 +358,20 @@ impl Runner {
                 }
                 self.keyd_fault = Some(reason);
             }
-            FromKeyd::Directory { contents, unreadable, expires_unix_ms } => {
+            FromKeyd::Directory {
+                contents,
+                unreadable,
+                expires_unix_ms,
+            } => {
                 self.unreadable = unreadable;
                 self.expires_unix_ms = Some(expires_unix_ms);
                 self.agent.set_directory(*contents);
                 self.dirty = true;
             }
-            FromKeyd::Key { slot, refusal: Some(reason) } => {
+            FromKeyd::Key {
+                slot,
+                refusal: Some(reason),
+            } => {
                 self.key_refusals.insert(slot, reason);
             }
             FromKeyd::Key { slot, refusal: None } => {
@@ -376,7 +416,9 @@ impl Runner {
         let steps = self.agent.plan(&self.observed, self.now());
         if !steps.is_empty() {
             tracing::debug!(steps = steps.len(), "executing a plan");
-            self.machine.execute(&mut self.agent, &steps, move || started.elapsed()).await;
+            self.machine
+                .execute(&mut self.agent, &steps, move || started.elapsed())
+                .await;
         }
         self.save_endpoints();
         self.settle();
@@ -403,10 +445,17 @@ impl Runner {
             return Some(fault.clone());
         }
         if self.agent.directory_version().is_none() {
-            let why = self.keyd_fault.clone().unwrap_or_else(|| "keyd has not answered yet".into());
+            let why = self
+                .keyd_fault
+                .clone()
+                .unwrap_or_else(|| "keyd has not answered yet".into());
             return Some(format!("this node has no directory yet: {why}"));
         }
-        self.agent.failing().into_iter().chain(self.machine.faults().iter().cloned()).next()
+        self.agent
+            .failing()
+            .into_iter()
+            .chain(self.machine.faults().iter().cloned())
+            .next()
     }
 
     /// A pod is gone: `keyd` is told now, and again when it was away.
@@ -428,7 +477,11 @@ impl Runner {
             let _ = self.to_keyd.send(ToKeyd::Delete(Box::new(endpoint.clone())));
             told.get_or_insert(now);
         }
-        let living = self.agent.endpoints().iter().filter(|(_, endpoint)| !endpoint.deleted);
+        let living = self
+            .agent
+            .endpoints()
+            .iter()
+            .filter(|(_, endpoint)| !endpoint.deleted);
         for (_, endpoint) in living {
             let Some(pod) = endpoint.pod.clone() else { continue };
             let (reply, answer) = oneshot::channel();
@@ -443,7 +496,11 @@ impl Runner {
     }
 
     fn reported(&mut self, pod: PodRef, result: Result<IdentityId, Refused>) {
-        let found = self.agent.endpoints().iter().find(|(_, e)| e.pod.as_ref() == Some(&pod) && !e.deleted);
+        let found = self
+            .agent
+            .endpoints()
+            .iter()
+            .find(|(_, e)| e.pod.as_ref() == Some(&pod) && !e.deleted);
         let index = found.map(|(index, _)| index);
         match (index, result) {
             (Some(index), Ok(identity)) => {
@@ -460,11 +517,20 @@ impl Runner {
     }
 
     pub(crate) fn save_endpoints(&mut self) {
-        let living: BTreeSet<&PodRef> = self.agent.endpoints().iter().filter_map(|(_, e)| e.pod.as_ref()).collect();
+        let living: BTreeSet<&PodRef> = self
+            .agent
+            .endpoints()
+            .iter()
+            .filter_map(|(_, e)| e.pod.as_ref())
+            .collect();
         self.pod_refusals.retain(|pod, _| living.contains(pod));
         let now = SavedEndpoints {
             endpoints: self.agent.endpoints().clone(),
-            unreported: self.unreported.iter().map(|(endpoint, _)| endpoint.clone()).collect(),
+            unreported: self
+                .unreported
+                .iter()
+                .map(|(endpoint, _)| endpoint.clone())
+                .collect(),
             boot_id: self.saved.boot_id.clone(),
         };
         if now != self.saved {
@@ -477,7 +543,8 @@ impl Runner {
 
     async fn report(&mut self) {
         if self.connected.is_some() {
-            self.unreported.retain(|(_, told)| told.is_none_or(|at| at.elapsed() < REPORT_AGAIN));
+            self.unreported
+                .retain(|(_, told)| told.is_none_or(|at| at.elapsed() < REPORT_AGAIN));
         }
         let status = status::encrypt(self).await;
         let report = status::for_keyd(self, &status);

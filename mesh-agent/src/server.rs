@@ -52,9 +52,14 @@ async fn serve(stream: UnixStream, inputs: mpsc::UnboundedSender<Input>) {
         }
         let response = match serde_json::from_str::<Request>(&line) {
             Ok(request) => ask(request, &inputs).await,
-            Err(error) => Response::Error { message: format!("the request cannot be read: {error}"), retry: false },
+            Err(error) => Response::Error {
+                message: format!("the request cannot be read: {error}"),
+                retry: false,
+            },
         };
-        let Ok(mut answer) = serde_json::to_vec(&response) else { return };
+        let Ok(mut answer) = serde_json::to_vec(&response) else {
+            return;
+        };
         answer.push(b'\n');
         if write.write_all(&answer).await.is_err() {
             return;
@@ -64,7 +69,10 @@ async fn serve(stream: UnixStream, inputs: mpsc::UnboundedSender<Input>) {
 
 async fn ask(request: Request, inputs: &mpsc::UnboundedSender<Input>) -> Response {
     let (reply, answer) = oneshot::channel();
-    let stopping = || Response::Error { message: "the agent is stopping".into(), retry: true };
+    let stopping = || Response::Error {
+        message: "the agent is stopping".into(),
+        retry: true,
+    };
     if inputs.send(Input::Local(request, reply)).is_err() {
         return stopping();
     }

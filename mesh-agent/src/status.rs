@@ -43,7 +43,12 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
             faults.push("this node has no directory yet: pods of other nodes are not reachable".into());
         }
         faults.extend(runner.machine.faults().iter().cloned());
-        faults.extend(runner.key_refusals.values().map(|reason| format!("keyd refuses this node's key: {reason}")));
+        faults.extend(
+            runner
+                .key_refusals
+                .values()
+                .map(|reason| format!("keyd refuses this node's key: {reason}")),
+        );
         faults.extend(differences(runner));
     }
     if faults.len() > MOST_MISMATCHES {
@@ -67,7 +72,11 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
 fn differences(runner: &mut Runner) -> Vec<String> {
     let mut observed = runner.observed.clone();
     let now = runner.now();
-    let keys = observed.state.devices.values().flat_map(|device| device.wireguard.peers.keys().copied());
+    let keys = observed
+        .state
+        .devices
+        .values()
+        .flat_map(|device| device.wireguard.peers.keys().copied());
     let present: std::collections::BTreeSet<_> = keys.collect();
     runner.peers_since.retain(|key, _| present.contains(key));
     for key in present {
@@ -81,14 +90,18 @@ fn differences(runner: &mut Runner) -> Vec<String> {
     }
     let agent = &runner.agent;
     mismatches(agent.desired(), &observed, |key| {
-        agent.node_of_key(key).map_or_else(|| "unknown".to_owned(), ToString::to_string)
+        agent
+            .node_of_key(key)
+            .map_or_else(|| "unknown".to_owned(), ToString::to_string)
     })
 }
 
 async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
     let (mut interfaces, mut peers) = (Vec::new(), Vec::new());
     for slot in &runner.agent.settings().slots {
-        let Some(device) = runner.observed.state.devices.get(&slot.slot) else { continue };
+        let Some(device) = runner.observed.state.devices.get(&slot.slot) else {
+            continue;
+        };
         let name = slot_device(slot.slot);
         interfaces.push(InterfaceStatus {
             name: name.clone(),
@@ -98,17 +111,23 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
             generation: slot.generation,
             mtu: device.mtu,
         });
-        let Ok(dump) = runner.machine.dump(slot.slot).await else { continue };
+        let Ok(dump) = runner.machine.dump(slot.slot).await else {
+            continue;
+        };
         let now = SystemTime::now();
-        peers.extend(dump.peers.into_iter().map(|peer| PeerStatus {
-            node: runner.agent.node_of_key(&peer.public_key).cloned(),
-            interface: name.clone(),
-            public_key: peer.public_key,
-            endpoint: peer.endpoint,
-            last_handshake_seconds: peer.last_handshake.map(|at| now.duration_since(at).unwrap_or_default().as_secs()),
-            received_bytes: peer.received_bytes,
-            sent_bytes: peer.sent_bytes,
-            allowed_prefixes: peer.allowed_ips,
+        peers.extend(dump.peers.into_iter().map(|peer| {
+            PeerStatus {
+                node: runner.agent.node_of_key(&peer.public_key).cloned(),
+                interface: name.clone(),
+                public_key: peer.public_key,
+                endpoint: peer.endpoint,
+                last_handshake_seconds: peer
+                    .last_handshake
+                    .map(|at| now.duration_since(at).unwrap_or_default().as_secs()),
+                received_bytes: peer.received_bytes,
+                sent_bytes: peer.sent_bytes,
+                allowed_prefixes: peer.allowed_ips,
+            }
         }));
     }
     (interfaces, peers)
@@ -126,7 +145,10 @@ fn exemptions(runner: &Runner) -> Vec<String> {
             config.slot_port(warren_model::node::SLOTS - 1)
         ),
         format!("the nodes' own traffic to keyd: TCP port {}", config.keyd_port),
-        format!("the nodes' own traffic to the API server: TCP port {}", config.apiserver_port),
+        format!(
+            "the nodes' own traffic to the API server: TCP port {}",
+            config.apiserver_port
+        ),
         "pods of the same node among each other".into(),
     ]
 }
@@ -136,8 +158,18 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
     let failing = runner.agent.failing();
     let mut problems = runner.agent.problems().to_vec();
     problems.extend(runner.unreadable.iter().cloned());
-    problems.extend(runner.key_refusals.values().map(|reason| format!("keyd refuses this node's key: {reason}")));
-    problems.extend(runner.pod_refusals.iter().map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")));
+    problems.extend(
+        runner
+            .key_refusals
+            .values()
+            .map(|reason| format!("keyd refuses this node's key: {reason}")),
+    );
+    problems.extend(
+        runner
+            .pod_refusals
+            .iter()
+            .map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")),
+    );
     problems.extend(expired(runner));
     if let Some(fault) = &runner.keyd_fault {
         problems.push(format!("no session with keyd: {fault}"));
@@ -149,7 +181,10 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         keyd: runner.connected.clone(),
         snapshot: runner.agent.directory_version(),
-        failing: failing.into_iter().chain(runner.machine.faults().iter().cloned()).collect(),
+        failing: failing
+            .into_iter()
+            .chain(runner.machine.faults().iter().cloned())
+            .collect(),
         problems,
         endpoints: endpoints(runner),
     }
@@ -168,12 +203,20 @@ fn expired(runner: &Runner) -> Option<String> {
 fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
     let desired = &runner.agent.desired().endpoints;
     let status = |(index, endpoint): (u16, &warren_agent_core::Endpoint)| {
-        let known = endpoint.addresses.iter().find_map(|address| runner.agent.workload(*address));
+        let known = endpoint
+            .addresses
+            .iter()
+            .find_map(|address| runner.agent.workload(*address));
         EndpointStatus {
-            pod: endpoint.pod.clone().or_else(|| known.map(|workload| workload.pod.clone())),
+            pod: endpoint
+                .pod
+                .clone()
+                .or_else(|| known.map(|workload| workload.pod.clone())),
             addresses: endpoint.addresses.iter().copied().collect(),
             host_ifindex: endpoint.ifindex,
-            identity: desired.get(&endpoint.ifindex).map_or(endpoint.identity, |entry| entry.identity),
+            identity: desired
+                .get(&endpoint.ifindex)
+                .map_or(endpoint.identity, |entry| entry.identity),
             ready: runner.agent.endpoint_ready(index),
         }
     };
@@ -183,16 +226,25 @@ fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
 /// The report to `keyd`.
 pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentStatus {
     let own: BTreeMap<&str, _> = status.interfaces.iter().map(|i| (i.name.as_str(), i)).collect();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     let peers = status.peers.iter().map(|peer| {
         let interface = own.get(peer.interface.as_str());
-        let handshake = peer.last_handshake_seconds.map_or(0, |age| now.saturating_sub(age).saturating_mul(1000));
+        let handshake = peer
+            .last_handshake_seconds
+            .map_or(0, |age| now.saturating_sub(age).saturating_mul(1000));
         proto::PeerStatus {
             node: peer.node.as_ref().map_or_else(String::new, ToString::to_string),
             slot: interface.map_or(0, |interface| interface.slot.into()),
-            own_public_key: interface.and_then(|i| i.public_key).map_or_else(Vec::new, |k| k.as_bytes().to_vec()),
+            own_public_key: interface
+                .and_then(|i| i.public_key)
+                .map_or_else(Vec::new, |k| k.as_bytes().to_vec()),
             public_key: peer.public_key.as_bytes().to_vec(),
-            endpoint: peer.endpoint.map_or_else(String::new, |endpoint| endpoint.to_string()),
+            endpoint: peer
+                .endpoint
+                .map_or_else(String::new, |endpoint| endpoint.to_string()),
             last_handshake_unix_ms: i64::try_from(handshake).unwrap_or(i64::MAX),
             received_bytes: peer.received_bytes,
             sent_bytes: peer.sent_bytes,
@@ -215,7 +267,13 @@ pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentS
         interface: slot_device(0),
         slots: slots.collect(),
         peers: peers.collect(),
-        problems: status.mismatches.iter().cloned().chain(agent.failing).chain(agent.problems).collect(),
+        problems: status
+            .mismatches
+            .iter()
+            .cloned()
+            .chain(agent.failing)
+            .chain(agent.problems)
+            .collect(),
         drops: status.drops.iter().cloned().collect(),
         endpoints: u32::try_from(agent.endpoints.len()).unwrap_or(u32::MAX),
         exemptions: status.exemptions.clone(),
@@ -230,7 +288,11 @@ pub(crate) fn encrypt_main(options: &StatusOptions) -> ExitCode {
     match call(&options.socket, &Request::EncryptStatus, ANSWER_TIME) {
         Ok(Response::EncryptStatus(status)) => {
             print(options.output, &*status, encrypt_text);
-            if status.mismatches.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if status.mismatches.is_empty() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         other => unexpected(other),
     }
@@ -241,7 +303,11 @@ pub(crate) fn agent_main(options: &StatusOptions) -> ExitCode {
     match call(&options.socket, &Request::Status, ANSWER_TIME) {
         Ok(Response::Status(status)) => {
             print(options.output, &*status, agent_text);
-            if status.healthy { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+            if status.healthy {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
         }
         other => unexpected(other),
     }
@@ -284,8 +350,14 @@ fn encrypt_text(status: &EncryptStatus) -> String {
     };
     let _ = writeln!(out, "Datapath: {datapath}");
     for interface in &status.interfaces {
-        let key = interface.public_key.map_or_else(|| "(none)".to_owned(), |key| key.to_string());
-        let peers = status.peers.iter().filter(|peer| peer.interface == interface.name).count();
+        let key = interface
+            .public_key
+            .map_or_else(|| "(none)".to_owned(), |key| key.to_string());
+        let peers = status
+            .peers
+            .iter()
+            .filter(|peer| peer.interface == interface.name)
+            .count();
         let _ = writeln!(out, "\ninterface: {}", interface.name);
         let _ = writeln!(out, "  public key: {key}");
         let _ = writeln!(out, "  listening port: {}", interface.port);
@@ -301,7 +373,11 @@ fn encrypt_text(status: &EncryptStatus) -> String {
         let _ = writeln!(out, "  {exemption}");
     }
     let dropped: Vec<_> = status.drops.iter().filter(|(_, packets)| *packets > 0).collect();
-    let _ = writeln!(out, "\nDropped packets:{}", if dropped.is_empty() { " none" } else { "" });
+    let _ = writeln!(
+        out,
+        "\nDropped packets:{}",
+        if dropped.is_empty() { " none" } else { "" }
+    );
     for (reason, packets) in dropped {
         let _ = writeln!(out, "  {reason}: {packets}");
     }
@@ -312,24 +388,38 @@ fn peer_text(out: &mut String, peer: &PeerStatus) {
     let node = peer.node.as_ref().map_or("(unknown node)", |node| node.as_str());
     let _ = writeln!(out, "\npeer: {}", peer.public_key);
     let _ = writeln!(out, "  node: {node}");
-    let endpoint = peer.endpoint.map_or_else(|| "(none)".to_owned(), |endpoint| endpoint.to_string());
+    let endpoint = peer
+        .endpoint
+        .map_or_else(|| "(none)".to_owned(), |endpoint| endpoint.to_string());
     let _ = writeln!(out, "  endpoint: {endpoint}");
-    let handshake = peer.last_handshake_seconds.map_or_else(|| "never".to_owned(), ago);
+    let handshake = peer
+        .last_handshake_seconds
+        .map_or_else(|| "never".to_owned(), ago);
     let _ = writeln!(out, "  latest handshake: {handshake}");
     let (received, sent) = (bytes(peer.received_bytes), bytes(peer.sent_bytes));
     let _ = writeln!(out, "  transfer: {received} received, {sent} sent");
     let prefixes: Vec<_> = peer.allowed_prefixes.iter().map(ToString::to_string).collect();
-    let prefixes = if prefixes.is_empty() { "(none)".to_owned() } else { prefixes.join(", ") };
+    let prefixes = if prefixes.is_empty() {
+        "(none)".to_owned()
+    } else {
+        prefixes.join(", ")
+    };
     let _ = writeln!(out, "  allowed prefixes: {prefixes}");
 }
 
 fn agent_text(status: &AgentStatus) -> String {
     let mut out = String::new();
-    let _ = writeln!(out, "Agent: {}", if status.healthy { "OK" } else { "not healthy" });
+    let _ = writeln!(
+        out,
+        "Agent: {}",
+        if status.healthy { "OK" } else { "not healthy" }
+    );
     let _ = writeln!(out, "Node: {}", status.node);
     let _ = writeln!(out, "Version: {}", status.version);
     let _ = writeln!(out, "Keyd: {}", status.keyd.as_deref().unwrap_or("not connected"));
-    let snapshot = status.snapshot.map_or_else(|| "none".to_owned(), |(e, v)| format!("epoch {e}, version {v}"));
+    let snapshot = status
+        .snapshot
+        .map_or_else(|| "none".to_owned(), |(e, v)| format!("epoch {e}, version {v}"));
     let _ = writeln!(out, "Directory: {snapshot}");
     for (title, lines) in [("Failing", &status.failing), ("Problems", &status.problems)] {
         if !lines.is_empty() {
@@ -341,14 +431,21 @@ fn agent_text(status: &AgentStatus) -> String {
     }
     let _ = writeln!(out, "Pods: {}", status.endpoints.len());
     for endpoint in &status.endpoints {
-        let pod = endpoint.pod.as_ref().map_or_else(|| "(not known yet)".to_owned(), ToString::to_string);
+        let pod = endpoint
+            .pod
+            .as_ref()
+            .map_or_else(|| "(not known yet)".to_owned(), ToString::to_string);
         let addresses: Vec<_> = endpoint.addresses.iter().map(ToString::to_string).collect();
         let identity = match endpoint.identity.reserved_name() {
             Some(name) => format!("{} ({name})", endpoint.identity),
             None => endpoint.identity.to_string(),
         };
         let ready = if endpoint.ready { "ready" } else { "not ready" };
-        let _ = writeln!(out, "  {pod}  {}  identity {identity}  {ready}", addresses.join(" "));
+        let _ = writeln!(
+            out,
+            "  {pod}  {}  identity {identity}  {ready}",
+            addresses.join(" ")
+        );
     }
     out
 }
@@ -408,7 +505,10 @@ mod tests {
             drops: vec![("no-path".into(), 3), ("policy".into(), 0)],
         };
         let text = encrypt_text(&status);
-        assert!(text.starts_with("Encryption: Degraded\n  ! warren0 is down\n"), "{text}");
+        assert!(
+            text.starts_with("Encryption: Degraded\n  ! warren0 is down\n"),
+            "{text}"
+        );
         assert!(text.contains("no-path: 3") && !text.contains("policy"));
     }
 }

@@ -32,7 +32,10 @@ pub(crate) fn main(options: &TunnelOptions) -> ExitCode {
         // Fails only for a process that leads a group already: a signal to its starter's group does not reach it.
         let _ = nix::unistd::setsid();
     }
-    let config = EngineConfig { run_dir: options.run_dir.clone(), ..EngineConfig::default() };
+    let config = EngineConfig {
+        run_dir: options.run_dir.clone(),
+        ..EngineConfig::default()
+    };
     match engine::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -111,17 +114,21 @@ fn spawn(run_dir: &Path) -> Result<()> {
         .context("cannot start the tunnel process")?;
     tracing::info!(pid = child.id(), log = %path.display(), "tunnel process started");
     // Somebody has to collect it when it ends before the agent does.
-    std::thread::Builder::new().name("tunnel-reaper".into()).spawn(move || {
-        if let Ok(status) = child.wait() {
-            tracing::warn!(%status, "the tunnel process ended");
-        }
-    })?;
+    std::thread::Builder::new()
+        .name("tunnel-reaper".into())
+        .spawn(move || {
+            if let Ok(status) = child.wait() {
+                tracing::warn!(%status, "the tunnel process ended");
+            }
+        })?;
     Ok(())
 }
 
 /// Returns when the tunnel is gone: its end of an open connection closes with it.
 async fn ended(run_dir: &Path) {
-    let Ok(mut stream) = UnixStream::connect(run_dir.join(engine::ENGINE_SOCKET)).await else { return };
+    let Ok(mut stream) = UnixStream::connect(run_dir.join(engine::ENGINE_SOCKET)).await else {
+        return;
+    };
     let mut nothing = [0; 64];
     while matches!(stream.read(&mut nothing).await, Ok(1..)) {}
 }

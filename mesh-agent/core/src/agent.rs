@@ -300,8 +300,11 @@ impl Agent {
 
     /// Whether a local pod is programmed, so that its traffic may flow.
     pub fn endpoint_ready(&self, index: u16) -> bool {
-        let Some(endpoint) = self.endpoints.get(index) else { return false };
-        let throws = |prefix: &ipnet::IpNet| endpoint.addresses.iter().any(|address| prefix.contains(address));
+        let Some(endpoint) = self.endpoints.get(index) else {
+            return false;
+        };
+        let throws =
+            |prefix: &ipnet::IpNet| endpoint.addresses.iter().any(|address| prefix.contains(address));
         let concerns = |step: &Action| match step {
             Action::SetEndpoint(ifindex, _) | Action::Attach(ifindex, _) => *ifindex == endpoint.ifindex,
             Action::SetRoute(key, crate::state::Route::Throw) => throws(&key.prefix),

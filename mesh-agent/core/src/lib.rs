@@ -15,6 +15,7 @@ mod desired;
 mod endpoint;
 mod index;
 mod plan;
+pub mod policy;
 mod retry;
 mod state;
 mod verify;

@@ -60,7 +60,9 @@ impl Retries {
 
     /// Makes everything due at once.
     pub fn hurry(&mut self) {
-        self.0.values_mut().for_each(|failure| failure.not_before = Duration::ZERO);
+        self.0
+            .values_mut()
+            .for_each(|failure| failure.not_before = Duration::ZERO);
     }
 
     /// When the next step is due.

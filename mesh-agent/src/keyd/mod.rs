@@ -54,7 +54,11 @@ pub(crate) enum FromKeyd {
     /// There is no session.
     Disconnected { reason: String },
     /// A new directory, verified; what of it cannot be read, a sentence each.
-    Directory { contents: Box<Contents>, unreadable: Vec<String>, expires_unix_ms: i64 },
+    Directory {
+        contents: Box<Contents>,
+        unreadable: Vec<String>,
+        expires_unix_ms: i64,
+    },
     /// `keyd`'s verdict on a key of this node; `None` is good.
     Key { slot: u8, refusal: Option<String> },
 }
@@ -136,7 +140,11 @@ impl Client {
                     next.extend(leaders.into_iter().rev());
                 }
                 End::Redirect(_) => {
-                    if self.pause(&mut failures, format!("keyd at {address} knows no leader")).await.is_none() {
+                    if self
+                        .pause(&mut failures, format!("keyd at {address} knows no leader"))
+                        .await
+                        .is_none()
+                    {
                         return;
                     }
                 }
@@ -160,7 +168,9 @@ impl Client {
     /// Waits before the next attempt, answering meanwhile that `keyd` is away. `None` at shutdown.
     async fn pause(&mut self, failures: &mut u32, reason: String) -> Option<()> {
         self.disconnected(reason);
-        let pause = FIRST_PAUSE.saturating_mul(1 << (*failures).min(10)).min(LONGEST_PAUSE);
+        let pause = FIRST_PAUSE
+            .saturating_mul(1 << (*failures).min(10))
+            .min(LONGEST_PAUSE);
         *failures = failures.saturating_add(1);
         let end = tokio::time::Instant::now() + pause.mul_f64(jitter());
         loop {
@@ -198,7 +208,11 @@ fn jitter() -> f64 {
 /// The directory in the core's words, and what of it cannot be read.
 pub(crate) fn contents(directory: &Directory) -> (Contents, Vec<String>) {
     let (epoch, version) = directory.position();
-    let mut contents = Contents { epoch, version, ..Contents::default() };
+    let mut contents = Contents {
+        epoch,
+        version,
+        ..Contents::default()
+    };
     let mut unreadable = Vec::new();
     for record in directory.records() {
         match record {

@@ -41,7 +41,9 @@ struct Session {
 impl Session {
     fn say(&self, body: Say) -> Result<(), String> {
         let message = proto::AgentMessage { body: Some(body) };
-        self.say.try_send(message).map_err(|_| "keyd does not read what this node sends".to_owned())
+        self.say
+            .try_send(message)
+            .map_err(|_| "keyd does not read what this node sends".to_owned())
     }
 }
 
@@ -56,24 +58,50 @@ impl Client {
         (welcomed, end)
     }
 
-    async fn converse(&mut self, address: &str, material: &Material, welcomed: &mut bool) -> Result<End, String> {
+    async fn converse(
+        &mut self,
+        address: &str,
+        material: &Material,
+        welcomed: &mut bool,
+    ) -> Result<End, String> {
         let channel = self.connect(address, material).await?;
-        let Some(channel) = channel else { return Ok(End::Shutdown) };
+        let Some(channel) = channel else {
+            return Ok(End::Shutdown);
+        };
         let directory = match self.directory.take() {
             Some(directory) => directory,
-            None => self.state.load_snapshot(material.root).unwrap_or_else(|| Directory::new(material.root)),
+            None => self
+                .state
+                .load_snapshot(material.root)
+                .unwrap_or_else(|| Directory::new(material.root)),
         };
         let directory = self.directory.insert(directory);
         directory.reset_pending();
         let (resume_epoch, resume_version) = if self.resync { (0, 0) } else { directory.position() };
         let (say, queue) = mpsc::channel(QUEUE);
-        let token = self.config.options.token_file.as_deref().map(read_token).transpose()?;
-        let mut session =
-            Session { say, node_uid: None, waiting: HashMap::new(), next_request: 1, token, unsaved: false };
+        let token = self
+            .config
+            .options
+            .token_file
+            .as_deref()
+            .map(read_token)
+            .transpose()?;
+        let mut session = Session {
+            say,
+            node_uid: None,
+            waiting: HashMap::new(),
+            next_request: 1,
+            token,
+            unsaved: false,
+        };
         session.say(Say::Hello(proto::Hello {
             protocol: PROTOCOL,
             node_name: self.config.node.to_string(),
-            token: session.token.as_ref().map(|token| token.to_string()).unwrap_or_default(),
+            token: session
+                .token
+                .as_ref()
+                .map(|token| token.to_string())
+                .unwrap_or_default(),
             agent_version: env!("CARGO_PKG_VERSION").into(),
             datapath: convert::datapath_to_proto(Some(self.datapath)).into(),
             resume_epoch,
@@ -174,7 +202,9 @@ impl Client {
                         public_key: key.slot.public_key.as_bytes().to_vec(),
                     }))?;
                 }
-                let _ = self.events.send(FromKeyd::Connected { address: address.to_owned() });
+                let _ = self.events.send(FromKeyd::Connected {
+                    address: address.to_owned(),
+                });
             }
             Hear::KeyChallenge(challenge) => self.prove(session, &challenge)?,
             Hear::KeyResult(result) => self.key_result(&result),
@@ -183,7 +213,10 @@ impl Client {
                 if let Some(reply) = session.waiting.remove(&result.request_id) {
                     let answer = match result.error.is_empty() {
                         true => Ok(IdentityId(result.identity)),
-                        false => Err(Refused::No { reason: result.error, retry: result.retry }),
+                        false => Err(Refused::No {
+                            reason: result.error,
+                            retry: result.retry,
+                        }),
                     };
                     let _ = reply.send(answer);
                 }
@@ -193,49 +226,77 @@ impl Client {
                 return Ok(Some(End::Redirect(redirect.addresses)));
             }
             Hear::Goodbye(goodbye) => {
-                return Ok(Some(End::Closed(format!("keyd at {address} ended the session: {}", goodbye.reason))));
+                return Ok(Some(End::Closed(format!(
+                    "keyd at {address} ended the session: {}",
+                    goodbye.reason
+                ))));
             }
         }
         Ok(None)
     }
 
     fn prove(&self, session: &Session, challenge: &proto::KeyChallenge) -> Result<(), String> {
-        let key = self.keys.iter().find(|key| challenge.public_key == key.slot.public_key.as_bytes());
+        let key = self
+            .keys
+            .iter()
+            .find(|key| challenge.public_key == key.slot.public_key.as_bytes());
         let (Some(key), Some(uid)) = (key, &session.node_uid) else {
             return Err("keyd asks for the proof of a key that is not this node's".into());
         };
-        let proof =
-            proof::answer(challenge, &key.private, uid, key.slot.generation).map_err(|error| error.to_string())?;
+        let proof = proof::answer(challenge, &key.private, uid, key.slot.generation)
+            .map_err(|error| error.to_string())?;
         session.say(Say::KeyProof(proof))
     }
 
     fn key_result(&self, result: &proto::KeyResult) {
-        let Some(key) = self.keys.iter().find(|key| result.public_key == key.slot.public_key.as_bytes()) else {
+        let Some(key) = self
+            .keys
+            .iter()
+            .find(|key| result.public_key == key.slot.public_key.as_bytes())
+        else {
             return;
         };
         let refusal = (!result.accepted).then(|| result.reason.clone());
         if let Some(reason) = &refusal {
             tracing::error!(%reason, "keyd refuses this node's key");
         }
-        let _ = self.events.send(FromKeyd::Key { slot: key.slot.slot, refusal });
+        let _ = self.events.send(FromKeyd::Key {
+            slot: key.slot.slot,
+            refusal,
+        });
     }
 
     fn update(&mut self, session: &mut Session, update: proto::Update) -> Result<(), String> {
-        let Some(directory) = &mut self.directory else { return Ok(()) };
+        let Some(directory) = &mut self.directory else {
+            return Ok(());
+        };
         match directory.apply(update) {
             Ok(None) => {}
             Ok(Some(change)) => {
-                tracing::debug!(upserts = change.upserts.len(), removes = change.removes.len(), "directory changed");
+                tracing::debug!(
+                    upserts = change.upserts.len(),
+                    removes = change.removes.len(),
+                    "directory changed"
+                );
                 session.unsaved = true;
                 self.resync = false;
-                let expires_unix_ms = directory.manifest().map_or(0, |manifest| manifest.expires_unix_ms);
+                let expires_unix_ms = directory
+                    .manifest()
+                    .map_or(0, |manifest| manifest.expires_unix_ms);
                 let (contents, unreadable) = contents(directory);
                 let contents = Box::new(contents);
-                let _ = self.events.send(FromKeyd::Directory { contents, unreadable, expires_unix_ms });
+                let _ = self.events.send(FromKeyd::Directory {
+                    contents,
+                    unreadable,
+                    expires_unix_ms,
+                });
             }
             Err(error) => {
                 tracing::error!(%error, "an update of the directory is refused; the one before stays in force");
-                if matches!(error, SnapshotError::Digest | SnapshotError::NeedsSnapshot | SnapshotError::Position) {
+                if matches!(
+                    error,
+                    SnapshotError::Digest | SnapshotError::NeedsSnapshot | SnapshotError::Position
+                ) {
                     // An increment did not fit: ask for all of it. The copy stays, so that nothing goes back.
                     self.resync = true;
                     return Err(format!("the directory is out of step: {error}"));
@@ -257,11 +318,22 @@ impl Client {
                 session.next_request += 1;
                 session.waiting.insert(request_id, reply);
                 let (namespace, pod, uid, addresses) = parts(&endpoint);
-                session.say(Say::EndpointAdd(proto::EndpointAdd { request_id, namespace, pod, uid, addresses }))
+                session.say(Say::EndpointAdd(proto::EndpointAdd {
+                    request_id,
+                    namespace,
+                    pod,
+                    uid,
+                    addresses,
+                }))
             }
             ToKeyd::Delete(endpoint) => {
                 let (namespace, pod, uid, addresses) = parts(&endpoint);
-                session.say(Say::EndpointDelete(proto::EndpointDelete { namespace, pod, uid, addresses }))
+                session.say(Say::EndpointDelete(proto::EndpointDelete {
+                    namespace,
+                    pod,
+                    uid,
+                    addresses,
+                }))
             }
             ToKeyd::Applied(epoch, version) => session.say(Say::Applied(proto::Applied { epoch, version })),
             ToKeyd::Status(status) => session.say(Say::Status(*status)),
@@ -269,10 +341,14 @@ impl Client {
     }
 
     fn refresh_token(&self, session: &mut Session) -> Result<(), String> {
-        let Some(path) = self.config.options.token_file.as_deref() else { return Ok(()) };
+        let Some(path) = self.config.options.token_file.as_deref() else {
+            return Ok(());
+        };
         match read_token(path) {
             Ok(token) if session.token.as_ref() != Some(&token) => {
-                session.say(Say::Token(proto::TokenRefresh { token: token.to_string() }))?;
+                session.say(Say::Token(proto::TokenRefresh {
+                    token: token.to_string(),
+                }))?;
                 session.token = Some(token);
             }
             Ok(_) => {}
@@ -283,7 +359,9 @@ impl Client {
     }
 
     fn save(&self) {
-        let Some(bytes) = self.directory.as_ref().and_then(Directory::to_file) else { return };
+        let Some(bytes) = self.directory.as_ref().and_then(Directory::to_file) else {
+            return;
+        };
         if let Err(error) = self.state.save_snapshot(&bytes) {
             tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
         }
@@ -298,7 +376,14 @@ fn read_token(path: &Path) -> Result<Zeroizing<String>, String> {
 
 fn parts(endpoint: &Endpoint) -> (String, String, String, Vec<Vec<u8>>) {
     let pod = endpoint.pod.clone();
-    let (namespace, name, uid) = pod.map(|pod| (pod.namespace, pod.name, pod.uid)).unwrap_or_default();
-    let addresses = endpoint.addresses.iter().copied().map(convert::address_to_bytes).collect();
+    let (namespace, name, uid) = pod
+        .map(|pod| (pod.namespace, pod.name, pod.uid))
+        .unwrap_or_default();
+    let addresses = endpoint
+        .addresses
+        .iter()
+        .copied()
+        .map(convert::address_to_bytes)
+        .collect();
     (namespace, name, uid, addresses)
 }

@@ -39,7 +39,11 @@ impl Client {
         if let Some(mounted) = &self.config.options.trust_dir {
             copy_mounted(mounted, &own)?;
             let (trust, root) = read(&own)?;
-            return Ok(Material { trust, root, identity: None });
+            return Ok(Material {
+                trust,
+                root,
+                identity: None,
+            });
         }
         if !own.join(CLIENT_CERTIFICATE).exists() {
             self.enroll(&own).await?;
@@ -47,7 +51,14 @@ impl Client {
         let (trust, root) = read(&own)?;
         let certificate_der = read_file(&own.join(CLIENT_CERTIFICATE))?;
         let key_der = Zeroizing::new(read_file(&own.join(CLIENT_KEY))?);
-        Ok(Material { trust, root, identity: Some(ClientIdentity { certificate_der, key_der }) })
+        Ok(Material {
+            trust,
+            root,
+            identity: Some(ClientIdentity {
+                certificate_der,
+                key_der,
+            }),
+        })
     }
 
     async fn enroll(&self, own: &Path) -> Result<(), String> {
@@ -57,7 +68,9 @@ impl Client {
         let text = fs::read_to_string(file)
             .map(Zeroizing::new)
             .map_err(|error| format!("cannot read the join token {}: {error}", file.display()))?;
-        let token: JoinToken = text.parse().map_err(|error| format!("{}: {error}", file.display()))?;
+        let token: JoinToken = text
+            .parse()
+            .map_err(|error| format!("{}: {error}", file.display()))?;
         if *token.node() != self.config.node {
             return Err(format!(
                 "the join token is for node {}, not for {}: make one with keyd token create {}",
@@ -112,7 +125,10 @@ fn copy_mounted(mounted: &Path, own: &Path) -> Result<(), String> {
             Ok(content) => write_private(&target, &content).map_err(|error| format!("{error:#}"))?,
             Err(_) if target.exists() => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(format!("waiting for {}: keyd makes it", mounted.join(name).display()));
+                return Err(format!(
+                    "waiting for {}: keyd makes it",
+                    mounted.join(name).display()
+                ));
             }
             Err(error) => return Err(format!("cannot read {}: {error}", mounted.join(name).display())),
         }
@@ -148,14 +164,23 @@ fn pem(der: &[u8]) -> String {
 /// Addresses at which `keyd` was reached before.
 pub(super) fn known_addresses(state: &StateDir) -> Vec<String> {
     let text = fs::read_to_string(state.trust().join(ADDRESSES)).unwrap_or_default();
-    text.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect()
+    text.lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Remembers addresses, the newest first.
 pub(super) fn remember_addresses(state: &StateDir, addresses: &[String]) {
     let before = known_addresses(state);
     let mut all = addresses.to_vec();
-    all.extend(before.iter().filter(|address| !addresses.contains(address)).cloned());
+    all.extend(
+        before
+            .iter()
+            .filter(|address| !addresses.contains(address))
+            .cloned(),
+    );
     all.truncate(MOST_ADDRESSES);
     if all != before
         && let Err(error) = write_private(&state.trust().join(ADDRESSES), (all.join("\n") + "\n").as_bytes())
@@ -183,7 +208,11 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = StateDir::open(&directory.path().join("state")).unwrap();
         let mounted = directory.path().join("mounted");
-        assert!(copy_mounted(&mounted, &state.trust()).unwrap_err().starts_with("waiting for"));
+        assert!(
+            copy_mounted(&mounted, &state.trust())
+                .unwrap_err()
+                .starts_with("waiting for")
+        );
         fs::create_dir(&mounted).unwrap();
         fs::write(mounted.join(CA), "x").unwrap();
         fs::write(mounted.join(ROOT), SnapshotRoot::from_bytes([1; 32]).to_base64()).unwrap();

@@ -39,7 +39,12 @@ impl Batch {
 
 impl Machine {
     /// Executes steps in order and reports each result to the core. `clock` is the core's clock.
-    pub(crate) async fn execute(&mut self, agent: &mut Agent, steps: &[Action], clock: impl Fn() -> Duration) {
+    pub(crate) async fn execute(
+        &mut self,
+        agent: &mut Agent,
+        steps: &[Action],
+        clock: impl Fn() -> Duration,
+    ) {
         let mut rest = steps;
         while let Some(first) = rest.first() {
             let batch = Batch::of(first);
@@ -73,7 +78,9 @@ impl Machine {
         let mut wanted = self.routes.clone();
         let mut results = vec![Ok(()); steps.len()];
         for (step, result) in steps.iter().zip(&mut results) {
-            let (Action::SetRoute(key, _) | Action::RemoveRoute(key, _)) = step else { continue };
+            let (Action::SetRoute(key, _) | Action::RemoveRoute(key, _)) = step else {
+                continue;
+            };
             wanted.retain(|route| !convert::same_route(route, key));
             if let Action::SetRoute(key, route) = step {
                 match convert::route_to(key, route, &self.devices) {
@@ -87,7 +94,9 @@ impl Machine {
             Err(error) => return vec![Err(error.to_string()); steps.len()],
         };
         for (step, result) in steps.iter().zip(&mut results) {
-            let (Action::SetRoute(key, _) | Action::RemoveRoute(key, _)) = step else { continue };
+            let (Action::SetRoute(key, _) | Action::RemoveRoute(key, _)) = step else {
+                continue;
+            };
             if let Some((_, error)) = failed.iter().find(|(route, _)| convert::same_route(route, key)) {
                 *result = Err(error.to_string());
             }
@@ -131,24 +140,41 @@ impl Machine {
         }
         let mut results = Vec::with_capacity(steps.len());
         for change in changes {
-            results.push(self.wireguard.apply(&device, &[change]).await.map_err(|error| error.to_string()));
+            results.push(
+                self.wireguard
+                    .apply(&device, &[change])
+                    .await
+                    .map_err(|error| error.to_string()),
+            );
         }
         results
     }
 
     fn change(&self, step: &Action) -> Option<DeviceChange> {
         Some(match *step {
-            Action::SetKey { slot, port, .. } => {
-                DeviceChange::SetDevice { private_key: self.keys.get(&slot)?.clone(), listen_port: port }
-            }
-            Action::SetPeer { peer, endpoint, keepalive, .. } => {
-                DeviceChange::SetPeer { public_key: peer, endpoint, keepalive_seconds: keepalive }
-            }
+            Action::SetKey { slot, port, .. } => DeviceChange::SetDevice {
+                private_key: self.keys.get(&slot)?.clone(),
+                listen_port: port,
+            },
+            Action::SetPeer {
+                peer,
+                endpoint,
+                keepalive,
+                ..
+            } => DeviceChange::SetPeer {
+                public_key: peer,
+                endpoint,
+                keepalive_seconds: keepalive,
+            },
             Action::RemovePeer { peer, .. } => DeviceChange::RemovePeer(peer),
-            Action::AddAllowedIp { peer, prefix, .. } => DeviceChange::AddAllowedIp { public_key: peer, prefix },
-            Action::RemoveAllowedIp { peer, prefix, .. } => {
-                DeviceChange::RemoveAllowedIp { public_key: peer, prefix }
-            }
+            Action::AddAllowedIp { peer, prefix, .. } => DeviceChange::AddAllowedIp {
+                public_key: peer,
+                prefix,
+            },
+            Action::RemoveAllowedIp { peer, prefix, .. } => DeviceChange::RemoveAllowedIp {
+                public_key: peer,
+                prefix,
+            },
             Action::ClearDevice(_) => DeviceChange::Clear,
             _ => return None,
         })
@@ -168,7 +194,10 @@ impl Machine {
             | Action::RemoveEndpoint(_)
             | Action::AttachTunnel(_) => self.program_step(step),
             Action::SetFirewall(firewall) => {
-                self.net.apply_nft(&self.nft(firewall)).await.map_err(|error| error.to_string())?;
+                self.net
+                    .apply_nft(&self.nft(firewall))
+                    .await
+                    .map_err(|error| error.to_string())?;
                 self.firewall = Some(firewall.clone());
                 self.firewall_checked = Some(Instant::now());
                 Ok(())
@@ -179,17 +208,44 @@ impl Machine {
                 Ok(())
             }
             Action::CreateDevice { slot, mtu } => self.create(*slot, *mtu).await,
-            Action::SetMtu { slot, mtu } => self.configure(*slot, LinkConfig { mtu: Some(*mtu), ..quiet() }).await,
+            Action::SetMtu { slot, mtu } => {
+                self.configure(
+                    *slot,
+                    LinkConfig {
+                        mtu: Some(*mtu),
+                        ..quiet()
+                    },
+                )
+                .await
+            }
             Action::SetAddress { slot, address } => {
                 let std::net::IpAddr::V4(address) = address.addr() else {
                     return Err("a link-scope address must be IPv4".into());
                 };
-                self.configure(*slot, LinkConfig { link_address: Some(address), ..quiet() }).await
+                self.configure(
+                    *slot,
+                    LinkConfig {
+                        link_address: Some(address),
+                        ..quiet()
+                    },
+                )
+                .await
             }
-            Action::DeviceUp(slot) => self.configure(*slot, LinkConfig { up: Some(true), ..quiet() }).await,
+            Action::DeviceUp(slot) => {
+                self.configure(
+                    *slot,
+                    LinkConfig {
+                        up: Some(true),
+                        ..quiet()
+                    },
+                )
+                .await
+            }
             Action::SetKey { slot, .. } | Action::ClearDevice(slot) => {
                 let change = self.change(step).ok_or("this node has no key for the slot")?;
-                self.apply_to_device(*slot, change).await.map_err(|error| error.to_string())
+                self.apply_to_device(*slot, change)
+                    .await
+                    .map_err(|error| error.to_string())
             }
             Action::SetRoute(..)
             | Action::RemoveRoute(..)
@@ -203,7 +259,11 @@ impl Machine {
     }
 
     /// An engine that was started anew may not serve the device yet.
-    async fn apply_to_device(&self, slot: u8, change: DeviceChange) -> Result<(), warren_wireguard::DeviceError> {
+    async fn apply_to_device(
+        &self,
+        slot: u8,
+        change: DeviceChange,
+    ) -> Result<(), warren_wireguard::DeviceError> {
         let device = slot_device(slot);
         let changes = [change];
         match (self.wireguard.apply(&device, &changes).await, &self.wireguard) {
@@ -219,17 +279,24 @@ impl Machine {
         let result = match step {
             Action::Attach(ifindex, programs) => return self.attach(*ifindex, *programs),
             Action::Detach(ifindex) => self.programs.detach(*ifindex),
-            Action::AttachTunnel(slot) => self.programs.attach(self.device(*slot)?, Role::Tunnel { slot: *slot }),
+            Action::AttachTunnel(slot) => self
+                .programs
+                .attach(self.device(*slot)?, Role::Tunnel { slot: *slot }),
             Action::SetNodeAddress(address, own) => self.programs.set_node_address(*address, *own),
             Action::RemoveNodeAddress(address) => self.programs.remove_node_address(*address),
             Action::SetOwner(prefix, owner) => self.programs.set_owner(*prefix, convert::owner_to(owner)),
             Action::RemoveOwner(prefix) => self.programs.remove_owner(*prefix),
             Action::SetPath(node, path) => {
-                let path = warren_bpf::Path { ifindex: self.device(path.slot)?, receive_slots: path.receive };
+                let path = warren_bpf::Path {
+                    ifindex: self.device(path.slot)?,
+                    receive_slots: path.receive,
+                };
                 self.programs.set_path(*node, path)
             }
             Action::RemovePath(node) => self.programs.remove_path(*node),
-            Action::SetEndpoint(ifindex, entry) => self.programs.set_endpoint(&convert::endpoint_to(*ifindex, entry)),
+            Action::SetEndpoint(ifindex, entry) => {
+                self.programs.set_endpoint(&convert::endpoint_to(*ifindex, entry))
+            }
             Action::RemoveEndpoint(ifindex) => self.programs.remove_endpoint(*ifindex),
             other => return Err(format!("{other} is not about programs")),
         };
@@ -258,11 +325,20 @@ impl Machine {
     async fn create(&mut self, slot: u8, mtu: u32) -> Result<(), String> {
         let name = slot_device(slot);
         let ifindex = match self.ensure(&name).await {
-            Err(warren_net::Error::WrongKind { found, wanted, .. }) if matches!(found.as_str(), "tun" | "wireguard") => {
+            Err(warren_net::Error::WrongKind { found, wanted, .. })
+                if matches!(found.as_str(), "tun" | "wireguard") =>
+            {
                 tracing::warn!(device = %name, %found, %wanted, "the datapath was changed: replacing the device");
-                let link = self.net.link_by_name(&name).await.map_err(|error| error.to_string())?;
+                let link = self
+                    .net
+                    .link_by_name(&name)
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if let Some(link) = link {
-                    self.net.delete_link(link.ifindex).await.map_err(|error| error.to_string())?;
+                    self.net
+                        .delete_link(link.ifindex)
+                        .await
+                        .map_err(|error| error.to_string())?;
                 }
                 self.ensure(&name).await
             }
@@ -270,7 +346,12 @@ impl Machine {
         };
         let ifindex = ifindex.map_err(|error| error.to_string())?;
         self.devices.insert(slot, ifindex);
-        let config = LinkConfig { mtu: Some(mtu), up: Some(false), txqueuelen: Some(QUEUE), ..quiet() };
+        let config = LinkConfig {
+            mtu: Some(mtu),
+            up: Some(false),
+            txqueuelen: Some(QUEUE),
+            ..quiet()
+        };
         self.configure(slot, config).await?;
         if let WireGuard::Userspace(driver) = &self.wireguard {
             driver.attach(&name).await.map_err(|error| error.to_string())?;
@@ -287,7 +368,11 @@ impl Machine {
 
     async fn configure(&self, slot: u8, config: LinkConfig) -> Result<(), String> {
         let ifindex = self.device(slot)?;
-        self.net.configure_link(ifindex, &config).await.map(drop).map_err(|error| error.to_string())
+        self.net
+            .configure_link(ifindex, &config)
+            .await
+            .map(drop)
+            .map_err(|error| error.to_string())
     }
 
     fn nft(&self, firewall: &warren_agent_core::Firewall) -> NftConfig {
@@ -315,7 +400,10 @@ impl Machine {
 
     /// Reads a tunnel device with its counters.
     pub(crate) async fn dump(&self, slot: u8) -> Result<warren_wireguard::DeviceState, String> {
-        self.wireguard.dump(&slot_device(slot)).await.map_err(|error| error.to_string())
+        self.wireguard
+            .dump(&slot_device(slot))
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Pods that are older than the agent, by their devices.
@@ -329,6 +417,9 @@ impl Machine {
 
 /// What every tunnel device is like.
 fn quiet() -> LinkConfig {
-    LinkConfig { rp_filter: Some(2), quiet: true, ..LinkConfig::default() }
+    LinkConfig {
+        rp_filter: Some(2),
+        quiet: true,
+        ..LinkConfig::default()
+    }
 }
-

@@ -82,7 +82,9 @@ impl Machine {
         })
         .context("cannot open the eBPF datapath")?;
         let wireguard = match datapath {
-            Datapath::Kernel => WireGuard::Kernel(Kernel::connect().context("cannot reach the kernel's WireGuard")?),
+            Datapath::Kernel => {
+                WireGuard::Kernel(Kernel::connect().context("cannot reach the kernel's WireGuard")?)
+            }
             Datapath::Userspace => WireGuard::Userspace(Userspace::new(&options.wireguard_dir)),
         };
         Ok(Self {
@@ -116,7 +118,9 @@ impl Machine {
     pub(crate) async fn drops(&self) -> BTreeMap<String, u64> {
         let mut drops: BTreeMap<String, u64> = BTreeMap::new();
         match self.programs.drops() {
-            Ok(counts) => counts.into_iter().for_each(|(reason, count)| *drops.entry(reason).or_default() += count),
+            Ok(counts) => counts
+                .into_iter()
+                .for_each(|(reason, count)| *drops.entry(reason).or_default() += count),
             Err(error) => tracing::warn!(%error, "the programs' drop counters cannot be read"),
         }
         if self.encryption
@@ -128,7 +132,9 @@ impl Machine {
         }
         if let WireGuard::Userspace(driver) = &self.wireguard {
             for slot in self.devices.keys() {
-                let Ok(stats) = driver.stats(&warren_agent_core::slot_device(*slot)).await else { continue };
+                let Ok(stats) = driver.stats(&warren_agent_core::slot_device(*slot)).await else {
+                    continue;
+                };
                 for (reason, count) in stats.drops {
                     *drops.entry(format!("tunnel-{reason}")).or_default() += count;
                 }
@@ -139,9 +145,15 @@ impl Machine {
 
     /// Makes sure that no FORWARD chain of somebody else's drops what the tunnel carries.
     pub(crate) async fn allow_forward(&self) {
-        let result = if self.encryption { self.net.allow_forward().await } else { Ok(Vec::new()) };
+        let result = if self.encryption {
+            self.net.allow_forward().await
+        } else {
+            Ok(Vec::new())
+        };
         match result {
-            Ok(done) => done.iter().for_each(|block| tracing::info!(%block, "accept inserted: its policy drops")),
+            Ok(done) => done
+                .iter()
+                .for_each(|block| tracing::info!(%block, "accept inserted: its policy drops")),
             Err(error) => tracing::warn!(%error, "cannot see to FORWARD chains that drop"),
         }
     }

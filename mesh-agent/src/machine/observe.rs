@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use tokio::time::Instant;
-use warren_agent_core::{Device, Link, LinkKind, Observed, Peer, Programs, State, WireGuard, slot_address, slot_device};
+use warren_agent_core::{
+    Device, Link, LinkKind, Observed, Peer, Programs, State, WireGuard, slot_address, slot_device,
+};
 use warren_bpf::Role;
 use warren_wireguard::DeviceError;
 
@@ -37,7 +39,10 @@ impl Machine {
         self.maps(&mut state)?;
         self.routing(&mut state).await?;
         state.firewall = self.firewall().await;
-        let links = links.into_iter().filter(|link| !self.unsupported.contains(&link.ifindex)).collect();
+        let links = links
+            .into_iter()
+            .filter(|link| !self.unsupported.contains(&link.ifindex))
+            .collect();
         Ok(Observed { links, state })
     }
 
@@ -50,7 +55,9 @@ impl Machine {
     ) {
         self.devices.clear();
         for (link, raw) in links.iter().zip(found) {
-            let LinkKind::Tunnel(slot) = link.kind else { continue };
+            let LinkKind::Tunnel(slot) = link.kind else {
+                continue;
+            };
             self.devices.insert(slot, link.ifindex);
             let programs = attached
                 .iter()
@@ -61,14 +68,24 @@ impl Machine {
                 Err(error) => {
                     self.faults.push(match error {
                         DeviceError::Absent(_) => {
-                            format!("{} has nobody who moves its packets: the tunnel is not running", link.name)
+                            format!(
+                                "{} has nobody who moves its packets: the tunnel is not running",
+                                link.name
+                            )
                         }
                         DeviceError::Refused { .. } | DeviceError::Io { .. } => error.to_string(),
                     });
                     WireGuard::default()
                 }
             };
-            let device = Device { exists: true, up: raw.up, mtu: raw.mtu, programs, address, wireguard };
+            let device = Device {
+                exists: true,
+                up: raw.up,
+                mtu: raw.mtu,
+                programs,
+                address,
+                wireguard,
+            };
             state.devices.insert(slot, device);
         }
     }
@@ -89,20 +106,33 @@ impl Machine {
 
     fn maps(&self, state: &mut State) -> Result<()> {
         let owners = self.programs.owners()?;
-        state.owners = owners.iter().map(|(prefix, owner)| (*prefix, convert::owner_from(owner))).collect();
+        state.owners = owners
+            .iter()
+            .map(|(prefix, owner)| (*prefix, convert::owner_from(owner)))
+            .collect();
         let paths = self.programs.paths()?;
-        state.paths = paths.iter().map(|(node, path)| (*node, convert::path_from(path, &self.devices))).collect();
+        state.paths = paths
+            .iter()
+            .map(|(node, path)| (*node, convert::path_from(path, &self.devices)))
+            .collect();
         let nodes = self.programs.node_addresses()?;
         state.node_addresses = nodes.into_iter().map(|node| (node.address, node.own)).collect();
         let endpoints = self.programs.endpoints()?;
-        state.endpoints = endpoints.iter().map(|e| (e.ifindex, convert::endpoint_from(e))).collect();
+        state.endpoints = endpoints
+            .iter()
+            .map(|e| (e.ifindex, convert::endpoint_from(e)))
+            .collect();
         Ok(())
     }
 
     async fn routing(&mut self, state: &mut State) -> Result<()> {
         self.routes = self.net.routes().await?;
         self.rules = self.net.rules().await?;
-        state.routes = self.routes.iter().filter_map(|route| convert::route_from(route, &self.devices)).collect();
+        state.routes = self
+            .routes
+            .iter()
+            .filter_map(|route| convert::route_from(route, &self.devices))
+            .collect();
         state.rules = self.rules.iter().filter_map(convert::rule_from).collect();
         Ok(())
     }
@@ -123,7 +153,10 @@ impl Machine {
 
     /// The name of a slot's device as it is now.
     pub(super) fn device(&self, slot: u8) -> Result<u32, String> {
-        self.devices.get(&slot).copied().ok_or_else(|| format!("{} does not exist", slot_device(slot)))
+        self.devices
+            .get(&slot)
+            .copied()
+            .ok_or_else(|| format!("{} does not exist", slot_device(slot)))
     }
 }
 
@@ -131,7 +164,9 @@ fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
     let now = std::time::SystemTime::now();
     let peer = |peer: warren_wireguard::PeerState| {
         // A clock that was set back makes a handshake one of the future: that is not old.
-        let age = peer.last_handshake.map(|at| now.duration_since(at).unwrap_or_default());
+        let age = peer
+            .last_handshake
+            .map(|at| now.duration_since(at).unwrap_or_default());
         let state = Peer {
             endpoint: peer.endpoint,
             keepalive: peer.keepalive_seconds,

@@ -1,0 +1,418 @@
+//! Nodes and pods as network namespaces, agents as processes, a directory signed by the test itself. Everything
+//! has names of its own and is removed at the end, also after a panic.
+#![expect(
+    clippy::allow_attributes,
+    reason = "each test binary uses a part of this module"
+)]
+#![allow(dead_code)]
+
+use std::{
+    fs,
+    net::IpAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use warren_agent_api::{Attachment, AttachmentKey, Request, Response, call};
+use warren_keyd_api::{
+    convert::Record,
+    proof,
+    proto::Manifest,
+    snapshot::{Directory, EntrySet, ManifestSigner, chunks},
+};
+use warren_model::{Datapath, NodeRecord, PodRef, PrivateKey, SlotKey};
+
+/// Runs a command that must succeed.
+pub(crate) fn run(command: &str) -> String {
+    let output = try_run(command);
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(crate) fn try_run(command: &str) -> Output {
+    let mut words = command.split_whitespace();
+    Command::new(words.next().unwrap()).args(words).output().unwrap()
+}
+
+/// Waits for a condition, which is what the test is about: the limit is only there to end a broken run.
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < end, "{what}: did not come");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// An underlay with nodes on it.
+pub(crate) struct Mesh {
+    pub(crate) name: String,
+    pub(crate) directory: tempfile::TempDir,
+    signer: ManifestSigner,
+    pub(crate) nodes: Vec<Node>,
+    version: u64,
+}
+
+/// A node: a namespace, its directories, its agent.
+pub(crate) struct Node {
+    pub(crate) number: u8,
+    pub(crate) netns: String,
+    pub(crate) home: PathBuf,
+    pub(crate) bpffs: PathBuf,
+    key: PrivateKey,
+    agent: Option<Child>,
+    pods: Vec<String>,
+}
+
+impl Mesh {
+    pub(crate) fn new(count: u8) -> Self {
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests need root: they make network namespaces"
+        );
+        let directory = tempfile::tempdir().unwrap();
+        let suffix: String = directory
+            .path()
+            .file_name()
+            .unwrap()
+            .to_string_lossy()
+            .chars()
+            .rev()
+            .take(4)
+            .collect();
+        let name = format!("wt{}", suffix.to_lowercase());
+        run(&format!("ip netns add {name}"));
+        run(&format!("ip -n {name} link add br0 type bridge"));
+        run(&format!("ip -n {name} link set br0 up"));
+        let signer = ManifestSigner::generate().unwrap();
+        let mut mesh = Self {
+            name,
+            directory,
+            signer,
+            nodes: Vec::new(),
+            version: 0,
+        };
+        for number in 1..=count {
+            mesh.add_node(number);
+        }
+        mesh.publish(|_| {});
+        mesh
+    }
+
+    fn add_node(&mut self, number: u8) {
+        let (under, netns) = (&self.name, format!("{}n{number}", self.name));
+        run(&format!("ip netns add {netns}"));
+        run(&format!("ip -n {netns} link set lo up"));
+        run(&format!(
+            "ip -n {netns} link add eth0 type veth peer name n{number} netns {under}"
+        ));
+        run(&format!("ip -n {under} link set n{number} master br0 up"));
+        run(&format!("ip -n {netns} addr add 172.30.0.{number}/24 dev eth0"));
+        run(&format!(
+            "ip -n {netns} addr add fd00:30::{number}/64 dev eth0 nodad"
+        ));
+        run(&format!("ip -n {netns} link set eth0 up"));
+        for setting in ["net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"] {
+            run(&format!("ip netns exec {netns} sysctl -qw {setting}"));
+        }
+        let home = self.directory.path().join(format!("node{number}"));
+        let key = proof::generate_private_key().unwrap();
+        fs::create_dir_all(home.join("state/keys")).unwrap();
+        fs::create_dir_all(home.join("state/trust")).unwrap();
+        let key_file = home.join("state/keys/slot0.key");
+        fs::write(&key_file, STANDARD.encode(key.expose())).unwrap();
+        fs::set_permissions(&key_file, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(
+            home.join("state/trust/snapshot-root.pub"),
+            self.signer.root().to_base64(),
+        )
+        .unwrap();
+        fs::write(home.join("cluster.yaml"), CLUSTER).unwrap();
+        let bpffs = home.join("bpf");
+        fs::create_dir(&bpffs).unwrap();
+        run(&format!("mount -t bpf bpf {}", bpffs.display()));
+        self.nodes.push(Node {
+            number,
+            netns,
+            home,
+            bpffs,
+            key,
+            agent: None,
+            pods: Vec::new(),
+        });
+    }
+
+    /// Puts a snapshot of all nodes, changed by `change`, on the disk of each.
+    pub(crate) fn publish(&mut self, change: impl FnOnce(&mut Vec<NodeRecord>)) {
+        self.version += 1;
+        let mut records: Vec<NodeRecord> = self.nodes.iter().map(Node::record).collect();
+        change(&mut records);
+        let mut entries = EntrySet::default();
+        for record in records {
+            entries.upsert(Record::Node(record).to_entry());
+        }
+        let manifest = self.signer.seal(Manifest {
+            epoch: 1,
+            version: self.version,
+            entries: entries.len() as u64,
+            digest: entries.digest().to_vec(),
+            ..Manifest::default()
+        });
+        let mut directory = Directory::new(self.signer.root());
+        for update in chunks((1, self.version), true, entries.iter(), [], manifest) {
+            directory.apply(update).unwrap();
+        }
+        let file = directory.to_file().unwrap();
+        for node in &self.nodes {
+            fs::write(node.home.join("state/snapshot"), &file).unwrap();
+        }
+    }
+
+    pub(crate) fn start(&mut self) {
+        self.nodes.iter_mut().for_each(Node::start);
+        self.nodes.iter().for_each(Node::wait_ready);
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for node in &self.nodes {
+                for log in ["agent.log", "wg/tunnel.log"] {
+                    let text = fs::read_to_string(node.home.join(log)).unwrap_or_default();
+                    eprintln!("--- {} {log}\n{text}", node.netns);
+                }
+            }
+        }
+        for node in &mut self.nodes {
+            node.stop_all();
+            for pod in &node.pods {
+                try_run(&format!("ip netns del {pod}"));
+            }
+            try_run(&format!("ip netns del {}", node.netns));
+            try_run(&format!("umount -l {}", node.bpffs.display()));
+        }
+        try_run(&format!("ip netns del {}", self.name));
+    }
+}
+
+const CLUSTER: &str = "
+podPools: [10.244.0.0/16, 'fd00:10:244::/48']
+nodePools: [172.30.0.0/24, 'fd00:30::/64']
+";
+
+impl Node {
+    fn record(&self) -> NodeRecord {
+        let n = self.number;
+        let addresses: Vec<IpAddr> = vec![[172, 30, 0, n].into(), format!("fd00:30::{n}").parse().unwrap()];
+        NodeRecord {
+            name: format!("node{n}").into(),
+            uid: format!("uid{n}").into(),
+            endpoints: addresses.clone(),
+            addresses,
+            prefixes: vec![
+                format!("10.244.{n}.0/24").parse().unwrap(),
+                format!("fd00:10:244:{n}::/64").parse().unwrap(),
+            ],
+            slots: vec![SlotKey {
+                slot: 0,
+                port: 51871,
+                generation: 1,
+                public_key: proof::public_key(&self.key),
+            }],
+            datapath: Some(Datapath::Userspace),
+        }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.home.join("run/agent.sock")
+    }
+
+    pub(crate) fn start(&mut self) {
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.home.join("agent.log"))
+            .unwrap();
+        let path = |name: &str| self.home.join(name).display().to_string();
+        let child = Command::new("ip")
+            .args([
+                "netns",
+                "exec",
+                &self.netns,
+                env!("CARGO_BIN_EXE_mesh-agent"),
+                "run",
+            ])
+            .args([
+                "--config",
+                &path("cluster.yaml"),
+                "--node-name",
+                &format!("node{}", self.number),
+            ])
+            .args([
+                "--keyd",
+                "127.0.0.1:1",
+                "--state-dir",
+                &path("state"),
+                "--run-dir",
+                &path("run"),
+            ])
+            .args(["--wireguard-dir", &path("wg"), "--bpffs", &path("bpf/warren")])
+            .env(
+                "RUST_LOG",
+                std::env::var("RUST_LOG").unwrap_or_else(|_| "info,mesh_agent=debug".into()),
+            )
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.agent = Some(child);
+    }
+
+    pub(crate) fn wait_ready(&self) {
+        eventually(&format!("agent of {}", self.netns), || {
+            matches!(
+                call(&self.socket(), &Request::CniStatus, Duration::from_secs(5)),
+                Ok(Response::Done)
+            )
+        });
+    }
+
+    /// SIGKILL, as a crash would.
+    pub(crate) fn kill_agent(&mut self) {
+        if let Some(mut child) = self.agent.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    fn stop_all(&mut self) {
+        if let Some(mut child) = self.agent.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        for pid in String::from_utf8_lossy(&try_run(&format!("ip netns pids {}", self.netns)).stdout).lines()
+        {
+            if let Ok(pid) = pid.trim().parse() {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+        }
+    }
+
+    /// A pod as the `ptp` plugin would make it, without telling the agent.
+    pub(crate) fn wire_pod(&mut self, number: u8) -> Pod {
+        let (node, n) = (&self.netns, self.number);
+        let (netns, host) = (format!("{node}p{number}"), format!("veth{number}"));
+        let (v4, v6) = (
+            format!("10.244.{n}.{number}"),
+            format!("fd00:10:244:{n}::{number}"),
+        );
+        run(&format!("ip netns add {netns}"));
+        run(&format!("ip -n {netns} link set lo up"));
+        run(&format!(
+            "ip -n {node} link add {host} type veth peer name eth0 netns {netns}"
+        ));
+        run(&format!("ip -n {node} link set {host} up"));
+        run(&format!("ip -n {netns} link set eth0 up"));
+        for (gateway, address, length) in [
+            (format!("10.244.{n}.1"), &v4, 32),
+            (format!("fd00:10:244:{n}::1"), &v6, 128),
+        ] {
+            run(&format!(
+                "ip -n {node} addr add {gateway}/{length} dev {host} nodad"
+            ));
+            run(&format!("ip -n {node} route add {address}/{length} dev {host}"));
+            run(&format!(
+                "ip -n {netns} addr add {address}/{length} dev eth0 nodad"
+            ));
+            run(&format!("ip -n {netns} route add {gateway}/{length} dev eth0"));
+            run(&format!("ip -n {netns} route add default via {gateway} dev eth0"));
+        }
+        self.pods.push(netns.clone());
+        let host_ifindex = link_number(node, &host, "ifindex").parse().unwrap();
+        let mac = link_number(&netns, "eth0", "address");
+        let bytes: Vec<u8> = mac
+            .split(':')
+            .map(|byte| u8::from_str_radix(byte, 16).unwrap())
+            .collect();
+        let name = format!("pod{number}");
+        Pod {
+            attachment: Attachment {
+                key: AttachmentKey {
+                    container_id: netns.clone(),
+                    ifname: "eth0".into(),
+                },
+                pod: PodRef {
+                    namespace: "demo".into(),
+                    name,
+                    uid: netns.clone(),
+                },
+                netns: format!("/run/netns/{netns}"),
+                host_ifindex,
+                mac: bytes.try_into().unwrap(),
+                addresses: vec![v4.parse().unwrap(), v6.parse().unwrap()],
+            },
+            netns,
+            v4,
+            v6,
+        }
+    }
+
+    /// A pod with everything.
+    pub(crate) fn add_pod(&mut self, number: u8) -> Pod {
+        let pod = self.wire_pod(number);
+        let response = self.ask(&Request::CniAdd(pod.attachment.clone()));
+        assert_eq!(response, Response::Done);
+        pod
+    }
+
+    pub(crate) fn ask(&self, request: &Request) -> Response {
+        call(&self.socket(), request, Duration::from_secs(30)).unwrap()
+    }
+
+    pub(crate) fn exec(&self, command: &str) -> Output {
+        try_run(&format!("ip netns exec {} {command}", self.netns))
+    }
+
+    pub(crate) fn encrypt_status(&self) -> warren_agent_api::EncryptStatus {
+        match self.ask(&Request::EncryptStatus) {
+            Response::EncryptStatus(status) => *status,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn link_number(netns: &str, link: &str, what: &str) -> String {
+    run(&format!("ip netns exec {netns} cat /sys/class/net/{link}/{what}"))
+        .trim()
+        .to_owned()
+}
+
+/// A pod.
+pub(crate) struct Pod {
+    pub(crate) netns: String,
+    pub(crate) attachment: Attachment,
+    pub(crate) v4: String,
+    pub(crate) v6: String,
+}
+
+impl Pod {
+    /// Whether an address answers within a second.
+    pub(crate) fn ping(&self, address: &str) -> bool {
+        try_run(&format!(
+            "ip netns exec {} ping -n -q -c 1 -W 1 {address}",
+            self.netns
+        ))
+        .status
+        .success()
+    }
+}
