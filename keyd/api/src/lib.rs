@@ -10,6 +10,7 @@ pub mod convert;
 pub mod proof;
 pub mod snapshot;
 pub mod status;
+pub mod stream;
 pub mod tls;
 pub mod token;
 

@@ -1,0 +1,126 @@
+//! `keyd token` and `keyd status`: the other side of the local socket.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use warren_keyd_api::{
+    admin,
+    proto::{CreateJoinTokenRequest, StatusRequest, StatusResponse},
+};
+
+use crate::args::Format;
+
+/// Prints a join token.
+pub(crate) async fn create_token(node: String, ttl: Option<u64>, socket: &Path) -> anyhow::Result<()> {
+    let request = CreateJoinTokenRequest {
+        node_name: node,
+        ttl_seconds: ttl.unwrap_or(0),
+    };
+    let response = admin::connect(socket)
+        .await?
+        .create_join_token(request)
+        .await
+        .map_err(|status| anyhow!("{}", status.message()))?;
+    println!("{}", response.into_inner().token);
+    Ok(())
+}
+
+/// Prints what keyd knows.
+pub(crate) async fn status(output: Format, socket: &Path) -> anyhow::Result<()> {
+    let response = admin::connect(socket)
+        .await?
+        .status(StatusRequest {})
+        .await
+        .map_err(|status| anyhow!("{}", status.message()))?
+        .into_inner();
+    match output {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&json(&response))?),
+        Format::Text => print!("{}", text(&response)),
+    }
+    Ok(())
+}
+
+fn address(bytes: &[u8]) -> String {
+    warren_keyd_api::convert::address_from_bytes(bytes).map_or_else(|_| "?".into(), |ip| ip.to_string())
+}
+
+fn json(status: &StatusResponse) -> serde_json::Value {
+    let nodes: Vec<_> = status
+        .nodes
+        .iter()
+        .map(|node| {
+            let entry = node.node.clone().unwrap_or_default();
+            let parsed = warren_keyd_api::convert::node_from_proto(&entry).ok();
+            serde_json::json!({
+                "name": entry.name,
+                "record": parsed,
+                "connected": node.connected,
+                "lastSeenUnixMs": node.last_seen_unix_ms,
+                "appliedEpoch": node.applied_epoch,
+                "appliedVersion": node.applied_version,
+                "agentVersion": node.status.as_ref().map(|status| status.agent_version.clone()),
+                "problems": node.status.as_ref().map(|status| status.problems.clone()).unwrap_or_default(),
+            })
+        })
+        .collect();
+    serde_json::json!({
+        "leader": status.leader,
+        "leaderAddress": status.leader_address,
+        "id": status.keyd_id,
+        "version": status.version,
+        "source": status.source,
+        "encryption": status.encryption,
+        "epoch": status.epoch,
+        "directoryVersion": status.directory_version,
+        "identities": status.identities,
+        "workloads": status.workloads,
+        "nodes": nodes,
+        "problems": status.problems,
+    })
+}
+
+fn text(status: &StatusResponse) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::new();
+    let role = if status.leader {
+        "leader".to_owned()
+    } else {
+        format!("follower of {}", status.leader_address)
+    };
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "keyd {} ({}), {role}, source {}",
+        status.keyd_id, status.version, status.source
+    );
+    let _ = writeln!(
+        out,
+        "directory: epoch {}, version {}",
+        status.epoch, status.directory_version
+    );
+    let _ = writeln!(
+        out,
+        "{} nodes, {} identities, {} pod addresses",
+        status.nodes.len(),
+        status.identities,
+        status.workloads
+    );
+    for node in &status.nodes {
+        let entry = node.node.clone().unwrap_or_default();
+        let state = match (node.connected, node.applied_version == status.directory_version) {
+            (false, _) => "not connected",
+            (true, true) => "up to date",
+            (true, false) => "catching up",
+        };
+        let keys = entry.slots.len();
+        let endpoint = entry
+            .endpoints
+            .first()
+            .map_or_else(|| "no address".into(), |bytes| address(bytes));
+        let _ = writeln!(out, "  {:<24} {endpoint:<24} {keys} key(s)  {state}", entry.name);
+    }
+    for problem in &status.problems {
+        let _ = writeln!(out, "problem: {problem}");
+    }
+    out
+}

@@ -1,0 +1,317 @@
+//! The task that owns the index of a term: takes commands, feeds the core, passes its outputs on in order.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::sync::{mpsc, oneshot};
+use warren_keyd_api::{
+    convert::node_to_proto,
+    proto::{AgentStatus, NodeStatus, StatusResponse},
+};
+use warren_keyd_core::{AgentEvent, Core, Event, Output, Record, SessionId, SourceEvent};
+use warren_model::{Datapath, NodeName, NodeUid};
+
+use crate::{
+    clock,
+    metrics::Metrics,
+    publisher::{Order, SessionHandle},
+};
+
+/// How many commands are taken before one version is made of them.
+const BATCH: usize = 1024;
+/// The core wants to be asked about once a second.
+const TICK: Duration = Duration::from_millis(500);
+
+/// An authenticated Hello.
+#[derive(Debug)]
+pub(crate) struct Open {
+    pub(crate) session: SessionId,
+    pub(crate) node: NodeName,
+    pub(crate) uid: NodeUid,
+    pub(crate) datapath: Option<Datapath>,
+    pub(crate) resume: (u64, u64),
+    pub(crate) agent_version: String,
+    /// (namespace, name, UID) of the agent's own pod: its stream ends with it.
+    pub(crate) agent_pod: Option<(String, String, String)>,
+    pub(crate) handle: SessionHandle,
+}
+
+/// Input of the hub.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// A change in the source.
+    Source(SourceEvent),
+    /// The source's problems; replaces the former ones.
+    SourceProblems(Vec<String>),
+    /// Problem with writing an object, or none any more.
+    StoreProblem(String, Option<String>),
+    /// A new stream.
+    Open(Box<Open>),
+    /// Anything else that an agent says.
+    Agent(AgentEvent),
+    /// A key that did not get as far as a proof.
+    KeyRefused(NodeName, String),
+    /// An agent's report about itself.
+    Status(NodeName, SessionId, Box<AgentStatus>),
+    /// Under which UID does this node exist?
+    NodeUid(NodeName, oneshot::Sender<Option<NodeUid>>),
+    /// Everything, for `keyd status`.
+    Report(oneshot::Sender<StatusResponse>),
+}
+
+/// What is known of an agent beyond the directory.
+#[derive(Debug, Default)]
+struct Agent {
+    session: Option<SessionId>,
+    version: String,
+    last_seen_unix_ms: u64,
+    applied: (u64, u64),
+    status: Option<AgentStatus>,
+    pod: Option<(String, String, String)>,
+}
+
+/// The hub's own state.
+pub(crate) struct Hub {
+    core: Core,
+    orders: mpsc::UnboundedSender<Order>,
+    metrics: Metrics,
+    agents: BTreeMap<NodeName, Agent>,
+    source_problems: Vec<String>,
+    store_problems: BTreeMap<String, String>,
+    /// Of the term: objects that were not believed.
+    load_problems: Vec<String>,
+}
+
+impl Hub {
+    pub(crate) fn new(
+        core: Core,
+        orders: mpsc::UnboundedSender<Order>,
+        metrics: Metrics,
+        load_problems: Vec<String>,
+    ) -> Self {
+        Self {
+            core,
+            orders,
+            metrics,
+            agents: BTreeMap::new(),
+            source_problems: vec![],
+            store_problems: BTreeMap::new(),
+            load_problems,
+        }
+    }
+
+    /// Runs until the input ends or the publisher is gone.
+    pub(crate) async fn run(mut self, mut input: mpsc::Receiver<Command>) {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut batch = Vec::with_capacity(BATCH);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                taken = input.recv_many(&mut batch, BATCH) => {
+                    if taken == 0 {
+                        return;
+                    }
+                }
+            }
+            for command in batch.drain(..) {
+                self.take(command);
+            }
+            for output in self.core.poll(clock::monotonic_ms()) {
+                if let Output::Close { session, .. } = &output {
+                    self.disconnected(*session);
+                }
+                if self.orders.send(Order::Do(output)).is_err() {
+                    return;
+                }
+            }
+            self.measure();
+        }
+    }
+
+    fn take(&mut self, command: Command) {
+        let now = clock::monotonic_ms();
+        match command {
+            Command::Source(event) => {
+                self.end_streams_of_gone_pods(&event);
+                self.core.handle(now, Event::Source(event));
+            }
+            Command::SourceProblems(problems) => self.source_problems = problems,
+            Command::StoreProblem(name, Some(problem)) => drop(self.store_problems.insert(name, problem)),
+            Command::StoreProblem(name, None) => drop(self.store_problems.remove(&name)),
+            Command::Open(open) => self.open(*open, now),
+            Command::Agent(event) => {
+                self.observe(&event);
+                self.core.handle(now, Event::Agent(event));
+            }
+            Command::KeyRefused(node, reason) => self.core.key_refused(now, &node, &reason),
+            Command::Status(node, session, status) => {
+                if let Some(agent) = self
+                    .agents
+                    .get_mut(&node)
+                    .filter(|agent| agent.session == Some(session))
+                {
+                    agent.last_seen_unix_ms = clock::unix_ms();
+                    agent.status = Some(*status);
+                }
+            }
+            // The asker may be gone; that is its business.
+            Command::NodeUid(name, reply) => drop(reply.send(self.core.node_uid(&name).cloned())),
+            Command::Report(reply) => drop(reply.send(self.report())),
+        }
+    }
+
+    fn open(&mut self, open: Open, now: u64) {
+        let Open {
+            session,
+            node,
+            uid,
+            datapath,
+            resume,
+            agent_version,
+            agent_pod,
+            handle,
+        } = open;
+        let exists = self.core.node_uid(&node) == Some(&uid);
+        if self.orders.send(Order::Register(session, handle)).is_err() {
+            return;
+        }
+        if exists {
+            let agent = self.agents.entry(node.clone()).or_default();
+            *agent = Agent {
+                session: Some(session),
+                version: agent_version,
+                last_seen_unix_ms: clock::unix_ms(),
+                applied: (0, 0),
+                status: agent.status.take(),
+                pod: agent_pod,
+            };
+        }
+        let event = AgentEvent::Connected {
+            session,
+            node,
+            uid,
+            datapath,
+            resume,
+        };
+        self.core.handle(now, Event::Agent(event));
+    }
+
+    /// Keeps the time and position of what an agent says.
+    fn observe(&mut self, event: &AgentEvent) {
+        let session = match event {
+            AgentEvent::Connected { session, .. }
+            | AgentEvent::KeyProved { session, .. }
+            | AgentEvent::EndpointAdd { session, .. }
+            | AgentEvent::EndpointDelete { session, .. }
+            | AgentEvent::Applied { session, .. } => *session,
+            AgentEvent::Disconnected(session) => return self.disconnected(*session),
+        };
+        if let Some(agent) = self
+            .agents
+            .values_mut()
+            .find(|agent| agent.session == Some(session))
+        {
+            agent.last_seen_unix_ms = clock::unix_ms();
+            if let AgentEvent::Applied { epoch, version, .. } = event {
+                agent.applied = (*epoch, *version);
+            }
+        }
+    }
+
+    fn disconnected(&mut self, session: SessionId) {
+        if let Some(agent) = self
+            .agents
+            .values_mut()
+            .find(|agent| agent.session == Some(session))
+        {
+            agent.session = None;
+        }
+    }
+
+    /// A token is as good as the pod it was made for.
+    fn end_streams_of_gone_pods(&mut self, event: &SourceEvent) {
+        let (namespace, name, uid) = match event {
+            SourceEvent::PodDelete { namespace, name } => (namespace, name, None),
+            SourceEvent::PodUpsert(pod) => (&pod.namespace, &pod.name, pod.uid.as_ref()),
+            _ => return,
+        };
+        for agent in self.agents.values_mut() {
+            let Some((pod_namespace, pod_name, pod_uid)) = &agent.pod else {
+                continue;
+            };
+            if pod_namespace == namespace
+                && pod_name == name
+                && uid != Some(pod_uid)
+                && let Some(session) = agent.session.take()
+            {
+                let reason = format!("the agent's pod {namespace}/{name} is gone");
+                let close = Output::Close {
+                    session,
+                    reason,
+                    retry: true,
+                };
+                // A publisher that is gone closes everything itself.
+                let _ = self.orders.send(Order::Do(close));
+                self.core.handle(
+                    clock::monotonic_ms(),
+                    Event::Agent(AgentEvent::Disconnected(session)),
+                );
+            }
+        }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = self.source_problems.clone();
+        problems.extend(self.load_problems.iter().cloned());
+        problems.extend(self.core.problems());
+        problems.extend(self.store_problems.values().cloned());
+        problems
+    }
+
+    fn report(&self) -> StatusResponse {
+        let (identities, workloads) = self.core.sizes();
+        let nodes = self.core.records().filter_map(|record| match record {
+            Record::Node(node) => Some(node),
+            _ => None,
+        });
+        let nodes = nodes.map(|node| {
+            let agent = self.agents.get(&node.name);
+            NodeStatus {
+                node: Some(node_to_proto(node)),
+                connected: agent.is_some_and(|agent| agent.session.is_some()),
+                last_seen_unix_ms: agent
+                    .map_or(0, |agent| i64::try_from(agent.last_seen_unix_ms).unwrap_or(0)),
+                applied_epoch: agent.map_or(0, |agent| agent.applied.0),
+                applied_version: agent.map_or(0, |agent| agent.applied.1),
+                status: agent.and_then(|agent| agent.status.clone()),
+            }
+        });
+        StatusResponse {
+            directory_version: self.core.version(),
+            nodes: nodes.collect(),
+            problems: self.problems(),
+            identities: identities as u64,
+            workloads: workloads as u64,
+            ..StatusResponse::default()
+        }
+    }
+
+    fn measure(&self) {
+        let streams = self
+            .agents
+            .values()
+            .filter(|agent| agent.session.is_some())
+            .count();
+        let (identities, workloads) = self.core.sizes();
+        self.metrics.observe(
+            self.core.counters(),
+            &crate::metrics::Observation {
+                streams,
+                identities,
+                workloads,
+                version: self.core.version(),
+                problems: self.problems().len(),
+            },
+        );
+    }
+}

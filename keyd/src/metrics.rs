@@ -1,0 +1,157 @@
+//! `/metrics`, `/healthz`, `/readyz`.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+};
+
+use anyhow::Context as _;
+use axum::{Router, http::StatusCode, routing::get};
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
+use tokio::{net::TcpListener, sync::watch};
+use warren_keyd_core::Counters;
+
+/// What keyd measures. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Metrics {
+    pub(crate) refused_authentications: Counter,
+    refused_keys: Counter,
+    refused_endpoints: Counter,
+    refused_streams: Counter,
+    streams: Gauge,
+    identities: Gauge,
+    workloads: Gauge,
+    problems: Gauge,
+    version: Gauge<u64, AtomicU64>,
+    epoch: Gauge<u64, AtomicU64>,
+    leader: Gauge,
+    /// The core counts per term; the metrics go on counting.
+    seen: Arc<Mutex<Counters>>,
+}
+
+/// A moment of the index.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Observation {
+    pub(crate) streams: usize,
+    pub(crate) identities: usize,
+    pub(crate) workloads: usize,
+    pub(crate) version: u64,
+    pub(crate) problems: usize,
+}
+
+impl Metrics {
+    /// Registers everything under `warren_keyd_`.
+    pub(crate) fn registry(&self) -> Registry {
+        let mut registry = Registry::with_prefix("warren_keyd");
+        registry.register(
+            "refused_keys",
+            "Keys that were refused",
+            self.refused_keys.clone(),
+        );
+        registry.register(
+            "refused_endpoints",
+            "Endpoints that were refused",
+            self.refused_endpoints.clone(),
+        );
+        registry.register(
+            "refused_streams",
+            "Streams of nodes that do not exist",
+            self.refused_streams.clone(),
+        );
+        registry.register(
+            "refused_authentications",
+            "Agents that could not prove who they are",
+            self.refused_authentications.clone(),
+        );
+        registry.register("streams", "Connected agents", self.streams.clone());
+        registry.register("identities", "Allocated identities", self.identities.clone());
+        registry.register(
+            "workloads",
+            "Pod addresses in the directory",
+            self.workloads.clone(),
+        );
+        registry.register(
+            "problems",
+            "Problems that keyd status lists",
+            self.problems.clone(),
+        );
+        registry.register(
+            "directory_version",
+            "Version of the directory",
+            self.version.clone(),
+        );
+        registry.register("epoch", "Leadership term", self.epoch.clone());
+        registry.register("leader", "1 on the leader", self.leader.clone());
+        registry
+    }
+
+    /// A term begins (epoch) or ends (`None`).
+    pub(crate) fn term(&self, epoch: Option<u64>) {
+        self.leader.set(i64::from(epoch.is_some()));
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Counters::default();
+        match epoch {
+            Some(epoch) => drop(self.epoch.set(epoch)),
+            None => drop(self.streams.set(0)),
+        }
+    }
+
+    pub(crate) fn observe(&self, counters: Counters, now: &Observation) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        self.refused_keys
+            .inc_by(counters.refused_keys.saturating_sub(seen.refused_keys));
+        self.refused_endpoints
+            .inc_by(counters.refused_endpoints.saturating_sub(seen.refused_endpoints));
+        self.refused_streams
+            .inc_by(counters.refused_streams.saturating_sub(seen.refused_streams));
+        *seen = counters;
+        let signed = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
+        self.streams.set(signed(now.streams));
+        self.identities.set(signed(now.identities));
+        self.workloads.set(signed(now.workloads));
+        self.problems.set(signed(now.problems));
+        self.version.set(now.version);
+    }
+}
+
+/// Serves the three paths. `healthz` says that the process turns; `readyz` that it can serve agents or send them to
+/// who can. Neither asks the API server.
+pub(crate) async fn serve(
+    address: SocketAddr,
+    metrics: Metrics,
+    ready: watch::Receiver<bool>,
+) -> anyhow::Result<impl Future<Output = ()>> {
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen for metrics on {address} (--metrics)"))?;
+    let registry = Arc::new(metrics.registry());
+    let text = move || async move {
+        let mut out = String::new();
+        match encode(&mut out, &registry) {
+            Ok(()) => (StatusCode::OK, out),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        }
+    };
+    let readyz = move || async move {
+        if *ready.borrow() {
+            (StatusCode::OK, "ready\n")
+        } else {
+            (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "still reading the cluster's objects, or no leader is known\n",
+            )
+        }
+    };
+    let app = Router::new()
+        .route("/metrics", get(text))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz));
+    Ok(async move {
+        if let Err(error) = axum::serve(listener, app).await {
+            tracing::error!("metrics ended: {error}");
+        }
+    })
+}

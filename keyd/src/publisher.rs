@@ -1,0 +1,389 @@
+//! Executes the core's outputs in order: writes objects, signs versions, queues messages for the streams.
+//!
+//! An object is written before what follows it is sent. A write that fails is repeated for a few seconds, then
+//! becomes a problem and is repeated in the background: one object never blocks the others for long.
+//! Nothing here ever waits for an agent: a stream whose queue is full is ended, and its agent resumes.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::{StreamExt as _, stream};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+use warren_keyd_api::{
+    convert::Record as WireRecord,
+    proto::{
+        EndpointResult, Entry, EntryKey, Goodbye, KeyResult, KeydMessage, Manifest, SignedManifest, Update,
+        Welcome, keyd_message::Body,
+    },
+    snapshot::{EntrySet, chunks},
+};
+use warren_keyd_core::{AgentEvent, CatchUp, Change, Object, Output, Record, RecordKey, SessionId};
+use warren_model::{IdentityId, NodeUid};
+
+use crate::{
+    clock, hub,
+    store::{ObjectName, Store},
+    trust::Trust,
+};
+
+/// Messages that may wait for one agent; an update of any size is one.
+pub(crate) const QUEUE: usize = 256;
+/// Writes that run at the same time.
+const PARALLEL_WRITES: usize = 16;
+/// How long a failing write is repeated before the rest goes on.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
+/// Time between background repetitions.
+const REPEAT: Duration = Duration::from_secs(10);
+
+/// What is queued for a stream.
+#[derive(Debug, Clone)]
+pub(crate) enum Item {
+    Message(KeydMessage),
+    Updates(Arc<[Update]>),
+}
+
+/// The publisher's end of a stream. Dropping it ends the stream.
+#[derive(Debug)]
+pub(crate) struct SessionHandle {
+    pub(crate) uid: NodeUid,
+    pub(crate) queue: mpsc::Sender<Item>,
+    /// Resolves at the other end when this is dropped: the agent is not listened to any more.
+    pub(crate) _alive: oneshot::Sender<()>,
+}
+
+/// Input of the publisher.
+#[derive(Debug)]
+pub(crate) enum Order {
+    Register(SessionId, SessionHandle),
+    Do(Output),
+}
+
+/// What every version is signed with.
+pub(crate) struct Term {
+    pub(crate) epoch: u64,
+    pub(crate) keyd_id: String,
+    pub(crate) trust: Arc<Trust>,
+    pub(crate) store: Store,
+    pub(crate) expiry_ms: u64,
+}
+
+/// The publisher's own state.
+pub(crate) struct Publisher {
+    term: Term,
+    entries: EntrySet,
+    manifest: SignedManifest,
+    version: u64,
+    snapshot: Option<Arc<[Update]>>,
+    waiting: HashMap<SessionId, SessionHandle>,
+    sessions: BTreeMap<SessionId, SessionHandle>,
+    failed: HashMap<ObjectName, Object>,
+    hub: mpsc::WeakSender<hub::Command>,
+}
+
+impl Publisher {
+    pub(crate) fn new(term: Term, hub: &mpsc::Sender<hub::Command>) -> Self {
+        Self {
+            term,
+            entries: EntrySet::default(),
+            manifest: SignedManifest::default(),
+            version: 0,
+            snapshot: None,
+            waiting: HashMap::new(),
+            sessions: BTreeMap::new(),
+            failed: HashMap::new(),
+            hub: hub.downgrade(),
+        }
+    }
+
+    /// Runs until the hub is gone; every stream ends with it.
+    pub(crate) async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Order>) {
+        let mut repeat = tokio::time::interval(REPEAT);
+        repeat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut batch = Vec::new();
+        loop {
+            tokio::select! {
+                taken = orders.recv_many(&mut batch, 4096) => {
+                    if taken == 0 {
+                        return;
+                    }
+                    self.execute(std::mem::take(&mut batch)).await;
+                }
+                _ = repeat.tick() => self.repeat_failed().await,
+            }
+        }
+    }
+
+    async fn execute(&mut self, orders: Vec<Order>) {
+        let mut writes = vec![];
+        for order in orders {
+            match order {
+                Order::Do(Output::Persist(object)) => writes.push(object),
+                // Registering shows nothing to anybody: it need not wait for writes.
+                Order::Register(session, handle) => drop(self.waiting.insert(session, handle)),
+                Order::Do(output) => {
+                    self.write(std::mem::take(&mut writes)).await;
+                    self.send(output);
+                }
+            }
+        }
+        self.write(writes).await;
+    }
+
+    /// Writes objects in parallel; of several with one name only the last counts.
+    async fn write(&mut self, objects: Vec<Object>) {
+        if objects.is_empty() {
+            return;
+        }
+        let newest: BTreeMap<_, _> = objects
+            .into_iter()
+            .map(|object| (ObjectName::of(&object), object))
+            .collect();
+        let deadline = Instant::now() + WRITE_PATIENCE;
+        let store = self.term.store.clone();
+        let results: Vec<_> = stream::iter(newest)
+            .map(|(name, object)| {
+                let store = store.clone();
+                async move {
+                    let result = write_until(&store, &object, deadline).await;
+                    (name, object, result)
+                }
+            })
+            .buffer_unordered(PARALLEL_WRITES)
+            .collect()
+            .await;
+        for (name, object, result) in results {
+            self.written(name, object, result).await;
+        }
+    }
+
+    async fn written(&mut self, name: ObjectName, object: Object, result: anyhow::Result<()>) {
+        let problem = match result {
+            Ok(()) => {
+                if self.failed.remove(&name).is_none() {
+                    return;
+                }
+                None
+            }
+            Err(error) => {
+                let sentence = format!("cannot store {}: {error:#}", name.0);
+                tracing::error!("{sentence}");
+                self.failed.insert(name.clone(), object);
+                Some(sentence)
+            }
+        };
+        if let Some(hub) = self.hub.upgrade() {
+            // The hub never waits for the publisher, so this cannot lock up; a full queue only delays the sentence.
+            let _ = hub.try_send(hub::Command::StoreProblem(name.0, problem));
+        }
+    }
+
+    async fn repeat_failed(&mut self) {
+        for (name, object) in self.failed.clone() {
+            let result = self.term.store.apply(&object).await;
+            self.written(name, object, result).await;
+        }
+    }
+
+    fn send(&mut self, output: Output) {
+        match output {
+            // Written before; listed so that a new output is not forgotten.
+            Output::Persist(_) => {}
+            Output::Publish { version, change } => self.publish(version, &change),
+            Output::CatchUp {
+                session,
+                node,
+                version,
+                from,
+            } => {
+                tracing::info!(%node, version, snapshot = from == CatchUp::Snapshot, "agent connected");
+                self.catch_up(session, from);
+            }
+            Output::KeyResult {
+                session,
+                public_key,
+                result,
+            } => {
+                let reason = result.err().unwrap_or_default();
+                let body = Body::KeyResult(KeyResult {
+                    public_key: public_key.as_bytes().to_vec(),
+                    accepted: reason.is_empty(),
+                    reason,
+                });
+                self.queue(session, Item::Message(KeydMessage { body: Some(body) }));
+            }
+            Output::EndpointResult {
+                session,
+                request_id,
+                result,
+            } => {
+                let (identity, error, retry) = match result {
+                    Ok(identity) => (identity, String::new(), false),
+                    Err(error) => (IdentityId::UNKNOWN, error.message, error.retry),
+                };
+                let result = EndpointResult {
+                    request_id,
+                    identity: identity.0,
+                    error,
+                    retry,
+                };
+                self.queue(
+                    session,
+                    Item::Message(KeydMessage {
+                        body: Some(Body::EndpointResult(result)),
+                    }),
+                );
+            }
+            Output::Close {
+                session,
+                reason,
+                retry,
+            } => self.close(session, reason, retry),
+        }
+    }
+
+    fn publish(&mut self, version: u64, change: &Change) {
+        let (upserts, removes) = encode(change);
+        for entry in &upserts {
+            self.entries.upsert(entry.clone());
+        }
+        for key in &removes {
+            self.entries.remove(key);
+        }
+        self.version = version;
+        self.snapshot = None;
+        let now = clock::unix_ms();
+        self.manifest = self.term.trust.signer.seal(Manifest {
+            cluster_id: String::new(),
+            epoch: self.term.epoch,
+            version,
+            issued_unix_ms: i64::try_from(now).unwrap_or(i64::MAX),
+            expires_unix_ms: i64::try_from(now.saturating_add(self.term.expiry_ms)).unwrap_or(i64::MAX),
+            entries: self.entries.len() as u64,
+            digest: self.entries.digest().to_vec(),
+        });
+        let updates: Arc<[Update]> = chunks(
+            (self.term.epoch, version),
+            false,
+            upserts,
+            removes,
+            self.manifest.clone(),
+        )
+        .into();
+        for session in self.sessions.keys().copied().collect::<Vec<_>>() {
+            self.queue(session, Item::Updates(updates.clone()));
+        }
+    }
+
+    fn catch_up(&mut self, session: SessionId, from: CatchUp) {
+        let Some(handle) = self.waiting.remove(&session) else {
+            return;
+        };
+        let welcome = Welcome {
+            node_uid: handle.uid.to_string(),
+            cluster_id: self.term.trust.signer.root().cluster_id(),
+            epoch: self.term.epoch,
+            keyd_id: self.term.keyd_id.clone(),
+        };
+        self.sessions.insert(session, handle);
+        self.queue(
+            session,
+            Item::Message(KeydMessage {
+                body: Some(Body::Welcome(welcome)),
+            }),
+        );
+        let position = (self.term.epoch, self.version);
+        let updates = match from {
+            CatchUp::Snapshot => {
+                let (entries, manifest) = (&self.entries, &self.manifest);
+                let make = || chunks(position, true, entries.iter(), [], manifest.clone()).into();
+                self.snapshot.get_or_insert_with(make).clone()
+            }
+            CatchUp::Increment(change) => {
+                let (upserts, removes) = encode(&change);
+                chunks(position, false, upserts, removes, self.manifest.clone()).into()
+            }
+        };
+        self.queue(session, Item::Updates(updates));
+    }
+
+    /// Queues without waiting; a full queue ends the stream.
+    fn queue(&mut self, session: SessionId, item: Item) {
+        let Some(handle) = self.sessions.get(&session) else {
+            return;
+        };
+        if handle.queue.try_send(item).is_ok() {
+            return;
+        }
+        self.sessions.remove(&session);
+        let hub = self.hub.clone();
+        // Tells the hub without waiting here: the hub may be waiting for nothing of ours, but stay safe.
+        tokio::spawn(async move {
+            if let Some(hub) = hub.upgrade() {
+                let _ = hub
+                    .send(hub::Command::Agent(AgentEvent::Disconnected(session)))
+                    .await;
+            }
+        });
+    }
+
+    fn close(&mut self, session: SessionId, reason: String, retry: bool) {
+        let handle = self
+            .sessions
+            .remove(&session)
+            .or_else(|| self.waiting.remove(&session));
+        if let Some(handle) = handle {
+            tracing::info!(%reason, "stream closed");
+            let goodbye = KeydMessage {
+                body: Some(Body::Goodbye(Goodbye { reason, retry })),
+            };
+            // A full queue is no reason to keep the stream.
+            let _ = handle.queue.try_send(Item::Message(goodbye));
+        }
+    }
+}
+
+async fn write_until(store: &Store, object: &Object, deadline: Instant) -> anyhow::Result<()> {
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let error = match tokio::time::timeout_at(deadline, store.apply(object)).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(_) => anyhow::anyhow!("no answer within {WRITE_PATIENCE:?}"),
+        };
+        if Instant::now() + pause >= deadline {
+            return Err(error);
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+}
+
+fn encode(change: &Change) -> (Vec<Entry>, Vec<EntryKey>) {
+    let upserts = change.upserts.iter().map(|record| {
+        let record = match record.clone() {
+            Record::Node(node) => WireRecord::Node(node),
+            Record::Identity(number, labels) => WireRecord::Identity(number, labels),
+            Record::Workload(workload) => WireRecord::Workload(workload),
+        };
+        record.to_entry()
+    });
+    let removes = change.removes.iter().map(|key| {
+        use warren_keyd_api::proto::EntryKind;
+        let (kind, key) = match key {
+            RecordKey::Node(name) => (EntryKind::EntryNode, name.to_string()),
+            RecordKey::Identity(number) => (EntryKind::EntryIdentity, number.to_string()),
+            RecordKey::Workload(address) => (EntryKind::EntryWorkload, address.to_string()),
+        };
+        EntryKey {
+            kind: kind.into(),
+            key,
+        }
+    });
+    (upserts.collect(), removes.collect())
+}

@@ -1,0 +1,220 @@
+//! Wiring of `keyd run`.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use anyhow::{Context as _, anyhow};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{Mutex, mpsc, watch},
+};
+use warren_keyd_core::{Core, Mode, Settings};
+use warren_model::ClusterConfig;
+
+use crate::{
+    admin::{self, AdminService},
+    args::{Run, SourceKind},
+    auth::Authenticator,
+    clock,
+    hub::{self, Hub},
+    listener,
+    metrics::{self, Metrics},
+    publisher::{self, Publisher},
+    service::{Role, Service},
+    source::{
+        feed::{self, Feed},
+        manifests::Folder,
+    },
+    store::{FileStore, Loaded, Store},
+    tokens::Tokens,
+    trust::Trust,
+};
+
+/// Commands that may wait for the hub.
+const HUB_QUEUE: usize = 4096;
+
+/// Runs keyd until a signal.
+pub(crate) async fn run(args: Run) -> anyhow::Result<()> {
+    let config = load_config(&args.config)?;
+    tracing::info!(?config, "configuration");
+    match args.source {
+        SourceKind::Manifests => stand_alone(args, config).await,
+        SourceKind::Kubernetes => anyhow::bail!("--source kubernetes is not built in"),
+    }
+}
+
+/// Reads and checks the cluster's settings.
+fn load_config(path: &Path) -> anyhow::Result<ClusterConfig> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read the configuration {}", path.display()))?;
+    let config: ClusterConfig = serde_saphyr::from_str(&text).map_err(|error| {
+        let line = error.to_string().lines().next().unwrap_or_default().to_owned();
+        anyhow!("the configuration {} is malformed: {line}", path.display())
+    })?;
+    config
+        .validate()
+        .map_err(|fault| anyhow!("the configuration {}: {fault}", path.display()))?;
+    Ok(config)
+}
+
+/// What both modes hand to their streams and tools.
+struct Shared {
+    args: Run,
+    config: ClusterConfig,
+    trust: Arc<Trust>,
+    metrics: Metrics,
+    keyd_id: String,
+}
+
+impl Shared {
+    fn listen(&self) -> SocketAddr {
+        self.args
+            .listen
+            .unwrap_or_else(|| SocketAddr::from(([0_u16; 8], self.config.keyd_port)))
+    }
+
+    /// Serves agents, the local socket and metrics until a signal or the first failure.
+    async fn serve(
+        &self,
+        role: watch::Receiver<Role>,
+        ready: watch::Receiver<bool>,
+        authenticator: Authenticator,
+        tokens: Option<Arc<Mutex<Tokens>>>,
+        advertise: String,
+    ) -> anyhow::Result<()> {
+        let service = Service {
+            trust: self.trust.clone(),
+            role,
+            authenticator,
+            tokens,
+            metrics: self.metrics.clone(),
+            next_session: Arc::new(AtomicU64::new(1)),
+        };
+        let admin = AdminService {
+            service: service.clone(),
+            keyd_id: self.keyd_id.clone(),
+            source: match self.args.source {
+                SourceKind::Manifests => "manifests",
+                SourceKind::Kubernetes => "kubernetes",
+            },
+            encryption: self.config.encryption,
+            advertise,
+        };
+        let http = metrics::serve(self.args.metrics, self.metrics.clone(), ready).await?;
+        let (bound, agents) = listener::bind(self.listen(), service).await?;
+        let socket = admin::serve(&self.args.admin_socket, admin)?;
+        tracing::info!(%bound, id = %self.keyd_id, "keyd serves agents");
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            served = agents => served,
+            () = socket => Err(anyhow!("the admin socket ended")),
+            () = http => Err(anyhow!("the metrics listener ended")),
+            _ = terminate.recv() => Ok(()),
+            _ = interrupt.recv() => Ok(()),
+        }
+    }
+}
+
+/// The tasks of one leadership term; dropped, they end, and with them every stream.
+pub(crate) struct TermTasks {
+    pub(crate) hub: mpsc::Sender<hub::Command>,
+    tasks: [tokio::task::JoinHandle<()>; 2],
+}
+
+impl Drop for TermTasks {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+/// Starts a term: core, hub, publisher.
+pub(crate) fn begin_term(
+    settings: Settings,
+    loaded: Loaded,
+    term: publisher::Term,
+    metrics: &Metrics,
+) -> TermTasks {
+    metrics.term(Some(term.epoch));
+    for problem in &loaded.problems {
+        tracing::warn!("{problem}");
+    }
+    let core = Core::new(settings, loaded.recovered, clock::monotonic_ms());
+    let (hub, commands) = mpsc::channel(HUB_QUEUE);
+    let (orders, ordered) = mpsc::unbounded_channel();
+    let publisher = Publisher::new(term, &hub);
+    let index = Hub::new(core, orders, metrics.clone(), loaded.problems);
+    TermTasks {
+        hub,
+        tasks: [
+            tokio::spawn(index.run(commands)),
+            tokio::spawn(publisher.run(ordered)),
+        ],
+    }
+}
+
+async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
+    let state = args.state_dir.clone();
+    crate::files::make_dir(&state)
+        .with_context(|| format!("cannot make the state folder {}", state.display()))?;
+    let folder = Folder::open(
+        args.manifests
+            .clone()
+            .context("--source manifests needs --manifests DIR")?,
+    )?;
+    let trust = Arc::new(Trust::in_folder(&state)?);
+    let tokens = Tokens::open(state.join("tokens.json"))?;
+    let keyd_id = args.id.clone().unwrap_or_else(|| "keyd".into());
+    let files = Arc::new(FileStore::open(state.join("state"), trust.clone())?);
+    let epoch = files.begin_term(&keyd_id)?;
+    let store = Store::Files(files);
+    let metrics = Metrics::default();
+    let loaded = store.load().await?;
+    let term = publisher::Term {
+        epoch,
+        keyd_id: keyd_id.clone(),
+        trust: trust.clone(),
+        store,
+        expiry_ms: config.snapshot_expiry_seconds.saturating_mul(1000),
+    };
+    let tasks = begin_term(
+        Settings::new(config.clone(), Mode::StandAlone, epoch),
+        loaded,
+        term,
+        &metrics,
+    );
+
+    let (feed, fed) = mpsc::channel(1024);
+    let (synced, ready) = watch::channel(false);
+    tokio::spawn(feed::run(fed, synced));
+    feed.send(Feed::Attach(tasks.hub.clone()))
+        .await
+        .context("the feed ended")?;
+    tokio::spawn(folder.watch(feed));
+
+    let (_role, role) = watch::channel(Role::Leader {
+        hub: tasks.hub.clone(),
+        epoch,
+    });
+    let shared = Shared {
+        config,
+        trust,
+        metrics,
+        keyd_id,
+        args,
+    };
+    let advertise = shared
+        .args
+        .advertise
+        .clone()
+        .unwrap_or_else(|| shared.listen().to_string());
+    let tokens = Some(Arc::new(Mutex::new(tokens)));
+    shared
+        .serve(role, ready, Authenticator::Certificates, tokens, advertise)
+        .await
+}

@@ -1,0 +1,156 @@
+//! The state folder of stand-alone mode: the same objects as in Kubernetes, one YAML file each.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use warren_crds::{MeshIdentity, MeshNode, MeshState, MeshStateSpec, STATE_NAME};
+use warren_keyd_api::token::sha256;
+use warren_keyd_core::{Object, StoredEndpoint, next_epoch};
+use warren_model::{NodeName, PodRef};
+
+use super::{Loaded, objects};
+use crate::{clock, files, trust::Trust};
+
+/// An endpoint's file.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct EndpointFile {
+    node: NodeName,
+    pod: PodRef,
+    addresses: Vec<std::net::IpAddr>,
+}
+
+/// A folder of objects.
+pub(crate) struct FileStore {
+    folder: PathBuf,
+    trust: Arc<Trust>,
+}
+
+impl FileStore {
+    pub(crate) fn open(folder: PathBuf, trust: Arc<Trust>) -> anyhow::Result<Self> {
+        files::make_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        Ok(Self { folder, trust })
+    }
+
+    /// Starts a term: the stored epoch plus one, at least the time.
+    pub(crate) fn begin_term(&self, holder: &str) -> anyhow::Result<u64> {
+        let path = self.folder.join("meshstate.yaml");
+        let last = match files::read(&path).with_context(|| format!("cannot read {}", path.display()))? {
+            Some(text) => {
+                let state: MeshState = serde_saphyr::from_str(&text)
+                    .map_err(|error| anyhow::anyhow!("{} is damaged: {error}", path.display()))?;
+                state.spec.epoch
+            }
+            None => 0,
+        };
+        let epoch = next_epoch(last, clock::unix_ms());
+        let state = MeshState::new(
+            STATE_NAME,
+            MeshStateSpec {
+                epoch,
+                holder: holder.to_owned(),
+            },
+        );
+        write(&path, &state)?;
+        Ok(epoch)
+    }
+
+    pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
+        let mut loaded = Loaded::default();
+        let entries = fs::read_dir(&self.folder)
+            .with_context(|| format!("cannot list {}", self.folder.display()))?
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut paths: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            if let Err(error) = self.load_one(&path, &mut loaded) {
+                loaded
+                    .problems
+                    .push(format!("state file {}: {error:#}", path.display()));
+            }
+        }
+        Ok(loaded)
+    }
+
+    fn load_one(&self, path: &Path, loaded: &mut Loaded) -> anyhow::Result<()> {
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        let Some(name) = name.strip_suffix(".yaml").filter(|name| !name.starts_with('.')) else {
+            return Ok(());
+        };
+        if name.starts_with("meshnode-") {
+            let object: MeshNode = read(path)?;
+            let name = object.metadata.name.as_deref().context("it has no name")?;
+            loaded
+                .recovered
+                .nodes
+                .push(objects::stored_node(name, &object.spec, &self.trust.signer)?);
+        } else if name.starts_with("meshidentity-") {
+            loaded
+                .recovered
+                .identities
+                .push(read::<MeshIdentity>(path)?.identity());
+        } else if name.starts_with("endpoint-") {
+            let EndpointFile { node, pod, addresses } = read(path)?;
+            loaded
+                .recovered
+                .endpoints
+                .push(StoredEndpoint { node, pod, addresses });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn apply(&self, object: &Object) -> anyhow::Result<()> {
+        match object {
+            Object::Node(node) => {
+                let path = self.folder.join(format!("meshnode-{}.yaml", node.name));
+                write(&path, &objects::mesh_node(node, &self.trust.signer))
+            }
+            Object::Identity(number, labels) => {
+                let path = self.folder.join(format!("meshidentity-{number}.yaml"));
+                write(&path, &MeshIdentity::of(*number, labels))
+            }
+            Object::IdentityDelete(number) => {
+                remove(&self.folder.join(format!("meshidentity-{number}.yaml")))
+            }
+            Object::Endpoint(endpoint) => {
+                let StoredEndpoint { node, pod, addresses } = endpoint.clone();
+                write(
+                    &self.endpoint_path(&endpoint.pod),
+                    &EndpointFile { node, pod, addresses },
+                )
+            }
+            Object::EndpointDelete(pod) => remove(&self.endpoint_path(pod)),
+        }
+    }
+
+    /// Agents choose pod names and UIDs, so that they do not stand in file names.
+    fn endpoint_path(&self, pod: &PodRef) -> PathBuf {
+        let text = serde_json::json!([pod.namespace, pod.name, pod.uid]).to_string();
+        self.folder.join(format!(
+            "endpoint-{}.yaml",
+            hex::encode(&sha256(text.as_bytes())[..16])
+        ))
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let text = fs::read_to_string(path)?;
+    serde_saphyr::from_str(&text).map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+fn write<T: Serialize>(path: &Path, object: &T) -> anyhow::Result<()> {
+    let text = serde_saphyr::to_string(object).map_err(|error| anyhow::anyhow!("{error}"))?;
+    files::replace(path, text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn remove(path: &Path) -> anyhow::Result<()> {
+    files::remove(path).with_context(|| format!("cannot remove {}", path.display()))
+}

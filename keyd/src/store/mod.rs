@@ -1,0 +1,53 @@
+//! Where durable state lives.
+
+mod files;
+mod objects;
+
+use std::sync::Arc;
+
+pub(crate) use files::FileStore;
+use warren_keyd_core::{Object, Recovered};
+
+/// A store. Writes are idempotent.
+#[derive(Clone)]
+pub(crate) enum Store {
+    Files(Arc<FileStore>),
+}
+
+/// Names the thing that an object is about: a newer object of the same name replaces an older one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ObjectName(pub(crate) String);
+
+impl ObjectName {
+    pub(crate) fn of(object: &Object) -> Self {
+        Self(match object {
+            Object::Node(node) => format!("MeshNode {}", node.name),
+            Object::Identity(number, _) | Object::IdentityDelete(number) => format!("MeshIdentity {number}"),
+            Object::Endpoint(endpoint) => format!("endpoint {}/{}", endpoint.pod, endpoint.pod.uid),
+            Object::EndpointDelete(pod) => format!("endpoint {pod}/{}", pod.uid),
+        })
+    }
+}
+
+/// Read back, with a sentence per object that was not believed.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    pub(crate) recovered: Recovered,
+    pub(crate) problems: Vec<String>,
+}
+
+impl Store {
+    /// Reads everything at the start of a term.
+    pub(crate) async fn load(&self) -> anyhow::Result<Loaded> {
+        match self {
+            Self::Files(store) => store.load(),
+        }
+    }
+
+    /// Writes one object.
+    pub(crate) async fn apply(&self, object: &Object) -> anyhow::Result<()> {
+        match self {
+            Self::Files(store) => store.apply(object),
+        }
+    }
+}
