@@ -33,8 +33,11 @@ pub mod names {
     /// Per-CPU array, the kernel's drop reason to packets; the last entry collects larger numbers.
     pub const STACK_DROPS: &str = "STACK_DROPS";
 
+    /// Per-CPU hash, address of the kernel's code to packets that it dropped without a reason.
+    pub const STACK_SITES: &str = "STACK_SITES";
+
     /// All of them.
-    pub const ALL: [&str; 13] = [
+    pub const ALL: [&str; 14] = [
         SETTINGS,
         DEVICES,
         ENDPOINTS,
@@ -48,6 +51,7 @@ pub mod names {
         DROPS,
         TRACE,
         STACK_DROPS,
+        STACK_SITES,
     ];
 }
 
@@ -71,6 +75,8 @@ pub mod limits {
     pub const HOOKS: u32 = 16;
     /// The kernel's drop reasons that are told apart.
     pub const STACK_REASONS: u32 = 256;
+    /// Places in the kernel that drop without a reason.
+    pub const STACK_SITES: u32 = 1_024;
 }
 
 /// What holds for all packets. All zero until the loader wrote it: the programs then drop everything.
@@ -245,8 +251,10 @@ pub struct TraceValue {
     pub sock_net: u32,
     /// `net.ns.inum`.
     pub net_inum: u32,
+    /// The reason that says nothing: these drops are counted by place.
+    pub unspecified: u32,
     /// Reasons that are no drop of the stack or counted by our own programs: never counted.
-    pub ignored: [u32; 6],
+    pub ignored: [u32; 5],
 }
 
 const _: () = {

@@ -97,8 +97,14 @@ impl Attacher {
                 Err(error) => return Err(describe(error)),
             }
         }
-        let link = sys::tcx_attach(program, ifindex, direction).map_err(describe)?;
-        self.pin_over(&link, &path)
+        let link = match sys::tcx_attach(program, ifindex, direction) {
+            // It is there already, but not first.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                sys::tcx_attach(programs.another()?.fd(name)?, ifindex, direction)
+            }
+            result => result,
+        };
+        self.pin_over(&link.map_err(describe)?, &path)
     }
 
     /// Names a link, taking the name from another; that one is detached by it.

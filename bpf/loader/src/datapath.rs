@@ -343,7 +343,28 @@ impl Datapath {
                 });
             }
         }
+        self.add_stack_sites(&mut found)?;
         Ok(found)
+    }
+
+    /// Adds the kernel's drops without a reason, by place; places with one name are one reason.
+    fn add_stack_sites(&self, found: &mut Vec<DropCount>) -> Result<(), Error> {
+        let totals = self.maps.stack_sites.totals()?;
+        let places: Vec<u64> = totals.iter().map(|(place, _)| *place).collect();
+        for (reason, (_, packets)) in self.reasons.place_names(&places).into_iter().zip(totals) {
+            match found
+                .iter_mut()
+                .find(|count| count.hook == "stack" && count.reason == reason)
+            {
+                Some(count) => count.packets += packets,
+                None => found.push(DropCount {
+                    hook: "stack".into(),
+                    reason,
+                    packets,
+                }),
+            }
+        }
+        Ok(())
     }
 
     /// Unpins the maps of other ABI versions once no link runs a program that uses them.

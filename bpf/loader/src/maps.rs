@@ -12,7 +12,7 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use warren_abi::{
@@ -165,6 +165,32 @@ impl Counters {
     }
 }
 
+/// Counters by place in the kernel, one per CPU.
+pub(crate) struct Sites {
+    name: &'static str,
+    map: PerCpuHashMap<MapData, u64, u64>,
+}
+
+impl Sites {
+    fn take(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, Error> {
+        Ok(Self {
+            name,
+            map: take(ebpf, name, 8, 8)?,
+        })
+    }
+
+    /// Places and sums over all CPUs.
+    pub(crate) fn totals(&self) -> Result<Vec<(u64, u64)>, Error> {
+        let entries = self
+            .map
+            .iter()
+            .map(|entry| entry.map(|(site, values)| (site, values.iter().sum())));
+        entries
+            .collect::<Result<_, _>>()
+            .map_err(|error| map_error(self.name, error))
+    }
+}
+
 /// One value.
 pub(crate) struct Single<V: Copy + 'static> {
     name: &'static str,
@@ -206,6 +232,7 @@ pub(crate) struct Maps {
     pub(crate) drops: Counters,
     pub(crate) trace: Single<TraceValue>,
     pub(crate) stack_drops: Counters,
+    pub(crate) stack_sites: Sites,
 }
 
 impl Maps {
@@ -223,6 +250,7 @@ impl Maps {
             drops: Counters::take(ebpf, names::DROPS)?,
             trace: Single::take(ebpf, names::TRACE)?,
             stack_drops: Counters::take(ebpf, names::STACK_DROPS)?,
+            stack_sites: Sites::take(ebpf, names::STACK_SITES)?,
         })
     }
 }
@@ -256,7 +284,11 @@ fn take<M: TryFrom<Map, Error = MapError>>(
         .take_map(name)
         .ok_or_else(|| Error::Invalid(format!("the object has no map {name}")))?;
     let info = match &map {
-        Map::Array(data) | Map::HashMap(data) | Map::LpmTrie(data) | Map::PerCpuArray(data) => data.info(),
+        Map::Array(data)
+        | Map::HashMap(data)
+        | Map::LpmTrie(data)
+        | Map::PerCpuArray(data)
+        | Map::PerCpuHashMap(data) => data.info(),
         other => return Err(Error::Invalid(format!("map {name} has another type: {other:?}"))),
     };
     let info = info.map_err(|error| map_error(name, error))?;

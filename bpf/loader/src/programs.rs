@@ -1,6 +1,9 @@
 //! The loaded programs.
 
-use std::{os::fd::BorrowedFd, path::Path};
+use std::{
+    os::fd::BorrowedFd,
+    path::{Path, PathBuf},
+};
 
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
@@ -32,6 +35,7 @@ pub(crate) const TRACER: &str = "stack_drop";
 #[derive(Debug)]
 pub(crate) struct Programs {
     ebpf: Ebpf,
+    maps: PathBuf,
 }
 
 impl Programs {
@@ -50,7 +54,15 @@ impl Programs {
         }
         let tracer: &mut RawTracePoint = Self::program(&mut ebpf, TRACER)?;
         tracer.load().map_err(load_error)?;
-        Ok(Self { ebpf })
+        Ok(Self {
+            ebpf,
+            maps: maps.to_owned(),
+        })
+    }
+
+    /// Loads another copy: the kernel takes a program only once at a hook.
+    pub(crate) fn another(&self) -> Result<Self, Error> {
+        Self::load(&self.maps)
     }
 
     fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>

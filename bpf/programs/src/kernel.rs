@@ -2,10 +2,10 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
     helpers::bpf_probe_read_kernel,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
     programs::{RawTracePointContext, TcContext},
 };
 use warren_abi::{
@@ -41,6 +41,9 @@ static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::HOOKS * l
 static TRACE: Array<TraceValue> = Array::with_max_entries(1, 0);
 #[map]
 static STACK_DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::STACK_REASONS, 0);
+#[map]
+static STACK_SITES: PerCpuHashMap<u64, u64> =
+    PerCpuHashMap::with_max_entries(limits::STACK_SITES, BPF_F_NO_PREALLOC);
 
 /// A packet in the kernel.
 pub(crate) struct Skb<'a>(pub(crate) &'a TcContext);
@@ -163,6 +166,7 @@ pub(crate) fn count_stack_drop(ctx: &RawTracePointContext) {
     let Some(trace) = TRACE.get(0) else { return };
     // Arguments of the tracepoint: the packet, where it was freed, why.
     let skb: u64 = ctx.arg(0);
+    let site: u64 = ctx.arg(1);
     let reason = ctx.arg::<u64>(2) as u32;
     if trace.netns == 0 || trace.ignored.contains(&reason) {
         return;
@@ -170,8 +174,26 @@ pub(crate) fn count_stack_drop(ctx: &RawTracePointContext) {
     // The device tells where it was dropped. In a socket's queue its place holds other things; the socket tells.
     let netns = netns_of(skb, trace.skb_dev, trace.dev_net, trace.net_inum)
         .or_else(|| netns_of(skb, trace.skb_sk, trace.sock_net, trace.net_inum));
-    if netns == Some(trace.netns) {
-        add_one(&STACK_DROPS, reason.min(limits::STACK_REASONS - 1));
+    if netns != Some(trace.netns) || (reason == trace.unspecified && count_site(site)) {
+        return;
+    }
+    add_one(&STACK_DROPS, reason.min(limits::STACK_REASONS - 1));
+}
+
+/// Counts a drop by the place in the kernel; `false` where there is no room.
+#[inline(always)]
+fn count_site(site: u64) -> bool {
+    if STACK_SITES.get_ptr_mut(site).is_none() {
+        // Another CPU may do the same at this moment: then it is there, which is all that is wanted.
+        let _ = STACK_SITES.insert(site, 0, BPF_NOEXIST.into());
+    }
+    match STACK_SITES.get_ptr_mut(site) {
+        Some(counter) => {
+            // SAFETY: the verifier knows that the pointer is to 8 bytes; the entry is this CPU's own.
+            unsafe { *counter += 1 };
+            true
+        }
+        None => false,
     }
 }
 

@@ -115,6 +115,9 @@ impl Transport {
             let [following] = ip.load::<1, _>(packet, offset)?;
             next = following;
             offset = packet.forget(offset + length);
+            if offset > ip.end {
+                return Err(DropReason::Truncated);
+            }
         }
         match next {
             HOP_BY_HOP | DESTINATION | MOBILITY | HOST_IDENTITY | SHIM6 | ROUTING | AUTHENTICATION
@@ -244,6 +247,21 @@ mod tests {
             let packet = v6("fd00::2", "fd00::3", HOP_BY_HOP, &payload[..length]);
             assert_eq!(parse(&packet), Err(DropReason::Truncated), "{length}");
         }
+    }
+
+    #[test]
+    fn a_header_longer_than_the_packet() {
+        let long = |next: u8| {
+            parse(&v6(
+                "fd00::2",
+                "fd00::3",
+                DESTINATION,
+                &[next, 1, 0, 0, 0, 0, 0, 0],
+            ))
+        };
+        assert_eq!(long(UDP), Err(DropReason::Truncated));
+        assert_eq!(long(59), Err(DropReason::Truncated), "also where nothing follows");
+        assert!(parse(&v6("fd00::2", "fd00::3", DESTINATION, &[59, 0, 0, 0, 0, 0, 0, 0])).is_ok());
     }
 
     #[test]
