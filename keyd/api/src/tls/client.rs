@@ -125,7 +125,8 @@ pub async fn connect_with(address: &str, config: Arc<ClientConfig>) -> Result<Ch
             tls.connect(name, tcp).await.map(TokioIo::new)
         }
     });
-    Endpoint::from_static("https://keyd.warren.internal")
+    // The connector makes the TLS; tonic must not try to.
+    Endpoint::from_static("http://keyd.warren.internal")
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10))
