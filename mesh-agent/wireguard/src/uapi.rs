@@ -429,3 +429,7 @@ fn format_change(change: &DeviceChange) -> Zeroizing<String> {
     }
     text
 }
+
+#[cfg(test)]
+#[path = "uapi_tests.rs"]
+mod tests;

@@ -42,11 +42,11 @@ pub const TUN_FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI;
 /// The devices that an engine attaches to on its own when they exist.
 pub const DEFAULT_DEVICES: [&str; 3] = ["warren0", "warren1", "warren2"];
 
-/// The name of the engine's own control socket in its run directory.
+/// The name of the engine's own control socket in its run directory. (`wg` takes every `*.sock` for a device.)
 ///
 /// One request per line, one JSON object per line back, `{"error": "..."}` when refused:
 /// `ping` | `list` | `attach NAME` | `detach NAME` | `stats NAME` | `rekey NAME`.
-pub const ENGINE_SOCKET: &str = "warren-engine.sock";
+pub const ENGINE_SOCKET: &str = "warren-engine.control";
 
 /// Who speaks the WireGuard protocol.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

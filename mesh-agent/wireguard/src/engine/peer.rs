@@ -45,6 +45,9 @@ pub(super) struct Peer {
 struct Inner {
     /// `None` while the device has no key, and for ever once the peer was removed.
     transport: Option<Box<dyn Transport>>,
+    /// The transport with the pre-shared key before the last change: its sessions live on until they end or the new
+    /// key's first is there, as with other implementations.
+    previous: Option<Box<dyn Transport>>,
     preshared_key: Option<PresharedKey>,
     endpoint: Option<SocketAddr>,
     keepalive_seconds: u16,
@@ -53,6 +56,17 @@ struct Inner {
     last_traffic: Instant,
     last_handshake: Option<SystemTime>,
     handshakes: u64,
+}
+
+impl Inner {
+    /// What can seal now.
+    fn ready(&mut self) -> Option<&mut Box<dyn Transport>> {
+        let ready = |transport: &&mut Box<dyn Transport>| transport.ready();
+        self.transport
+            .as_mut()
+            .filter(ready)
+            .or_else(|| self.previous.as_mut().filter(ready))
+    }
 }
 
 impl std::fmt::Debug for Inner {
@@ -92,6 +106,7 @@ impl Peer {
     pub(super) fn new(key: PublicKey, index: u32, identity: Option<&dyn Identity>) -> Self {
         let inner = Inner {
             transport: identity.map(|identity| identity.transport(&key, None, index)),
+            previous: None,
             preshared_key: None,
             endpoint: None,
             keepalive_seconds: 0,
@@ -127,13 +142,15 @@ impl Peer {
 
     /// Changes settings. Whether the peer's handshake should begin anew, since it may now be answered.
     pub(super) fn change(&self, change: PeerChange, identity: Option<&dyn Identity>) -> bool {
-        let mut inner = self.lock();
+        let inner = &mut *self.lock();
         let mut anew = false;
         if let Some(preshared_key) = change.preshared_key
             && preshared_key != inner.preshared_key
         {
             inner.preshared_key = preshared_key;
-            self.renew(&mut inner, identity);
+            let sessions = inner.transport.take().filter(|transport| transport.ready());
+            self.renew(inner, identity);
+            inner.previous = sessions.or(inner.previous.take());
             anew = true;
         }
         if let Some(endpoint) = change.endpoint {
@@ -148,8 +165,9 @@ impl Peer {
 
     /// Forgets all sessions; new ones are of this identity.
     pub(super) fn set_identity(&self, identity: Option<&dyn Identity>) {
-        let mut inner = self.lock();
-        self.renew(&mut inner, identity);
+        let inner = &mut *self.lock();
+        inner.previous = None;
+        self.renew(inner, identity);
     }
 
     fn renew(&self, inner: &mut Inner, identity: Option<&dyn Identity>) {
@@ -162,6 +180,7 @@ impl Peer {
     pub(super) fn retire(&self) {
         let mut inner = self.lock();
         inner.transport = None;
+        inner.previous = None;
         inner.preshared_key = None;
         inner.queue.clear();
     }
@@ -233,7 +252,13 @@ impl Peer {
             path.counters.drop(DropReason::NoKey);
             return None;
         };
-        let opened = match transport.open(datagram, packet) {
+        let mut opened = transport.open(datagram, packet);
+        if let Err(DropReason::NoSession | DropReason::NotAuthentic) = opened
+            && let Some(previous) = &mut inner.previous
+        {
+            opened = previous.open(datagram, packet);
+        }
+        let opened = match opened {
             Ok(opened) => opened,
             Err(reason) => {
                 path.counters.drop(reason);
@@ -264,10 +289,11 @@ impl Peer {
 
     /// Sends what waited, in order.
     fn flush(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
-        while let Some(transport) = inner.transport.as_mut().filter(|transport| transport.ready()) {
+        while inner.ready().is_some() {
             let Some(packet) = inner.queue.pop_front() else {
                 return;
             };
+            let Some(transport) = inner.ready() else { return };
             let len = transport.seal(&packet, out);
             if self.transmit(inner, &out[..len], path) {
                 path.counters.sent.fetch_add(1, Ordering::Relaxed);
@@ -302,12 +328,12 @@ impl Peer {
     }
 
     fn keep_alive(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
-        match &mut inner.transport {
-            Some(transport) if transport.ready() && inner.endpoint.is_some() => {
+        match inner.ready() {
+            Some(transport) => {
                 let len = transport.seal(&[], out);
                 self.transmit(inner, &out[..len], path);
             }
-            _ => self.initiate(inner, false, path, out),
+            None => self.initiate(inner, false, path, out),
         }
     }
 

@@ -422,7 +422,7 @@ impl Node {
 
     /// What this crate's engine answers to a control request.
     pub fn control(&self, request: &str) -> Result<serde_json::Value> {
-        let mut stream = UnixStream::connect(self.run_dir.path().join("warren-engine.sock"))?;
+        let mut stream = UnixStream::connect(self.run_dir.path().join("warren-engine.control"))?;
         stream.set_read_timeout(Some(PATIENCE))?;
         writeln!(stream, "{request}")?;
         stream.shutdown(std::net::Shutdown::Write)?;
