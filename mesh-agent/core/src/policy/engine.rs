@@ -255,6 +255,39 @@ impl PolicyEngine {
         (self.compiled, self.refreshed)
     }
 
+    /// Events that lead another engine to the same policies: what is known now.
+    pub fn events(&self) -> Vec<PolicyEvent> {
+        let selectors = self.selectors.iter().map(|(id, entry)| PolicyEvent::Selector {
+            id: *id,
+            selector: entry.selector.clone(),
+            members: entry.told.clone(),
+        });
+        let rules = self.rules.iter();
+        let rules = rules.map(|(policy, rules)| PolicyEvent::Rules {
+            policy: policy.clone(),
+            rules: rules.clone(),
+        });
+        let ports = self.peer_ports.iter();
+        let ports = ports.map(|(identity, ports)| PolicyEvent::PeerPorts {
+            identity: *identity,
+            ports: ports.clone(),
+        });
+        let endpoints = self.endpoints.iter().filter(|(index, _)| **index != 0);
+        let endpoints = endpoints.map(|(index, endpoint)| PolicyEvent::Endpoint {
+            index: *index,
+            identity: endpoint.kind.identity,
+            ports: endpoint.kind.ports.clone(),
+            audit: endpoint.audit,
+        });
+        let node = [PolicyEvent::Node(self.node.clone())];
+        node.into_iter()
+            .chain(selectors)
+            .chain(rules)
+            .chain(ports)
+            .chain(endpoints)
+            .collect()
+    }
+
     /// What the maps should hold.
     pub fn contents(&self) -> Maps {
         let mut maps = Maps::default();
@@ -295,9 +328,7 @@ impl PolicyEngine {
             PolicyEvent::Members { id, added, removed } => {
                 if let Some(entry) = self.selectors.get_mut(&id) {
                     entry.told.extend(added);
-                    removed
-                        .iter()
-                        .for_each(|identity| drop(entry.told.remove(identity)));
+                    entry.told.retain(|identity| !removed.contains(identity));
                     self.settle(id, dirty);
                 }
             }
@@ -307,7 +338,7 @@ impl PolicyEngine {
             }
             PolicyEvent::Rules { policy, rules } => {
                 if self.rules.get(&policy) != Some(&rules) {
-                    self.number(&rules);
+                    self.number(&policy, &rules);
                     self.touch(&rules, dirty);
                     if let Some(old) = self.rules.insert(policy, rules) {
                         self.touch(&old, dirty);
@@ -316,6 +347,7 @@ impl PolicyEngine {
             }
             PolicyEvent::RulesGone(policy) => {
                 if let Some(old) = self.rules.remove(&policy) {
+                    self.number(&policy, &[]);
                     self.touch(&old, dirty);
                 }
             }
@@ -326,8 +358,13 @@ impl PolicyEngine {
                 ports,
                 audit,
             } => {
+                // Whose labels are not known has no policy yet: it stays closed.
+                let identity = if identity == IdentityId::INIT {
+                    IdentityId::UNKNOWN
+                } else {
+                    identity
+                };
                 let kind = Kind { identity, ports };
-                dirty.kinds.insert(kind.clone());
                 let written = self.endpoints.get(&index).and_then(|endpoint| endpoint.written);
                 self.endpoints.insert(index, Endpoint { kind, audit, written });
             }
@@ -411,18 +448,24 @@ impl PolicyEngine {
             })
     }
 
-    fn number(&mut self, rules: &[Rule<SelectorId>]) {
-        for rule in rules {
-            for statement in &rule.statements {
-                let name = RuleName {
-                    policy: rule.policy.clone(),
-                    place: statement.place.clone(),
-                };
-                if !self.names.contains_key(&name) {
-                    self.names.insert(name.clone(), self.next_rule);
-                    self.by_number.insert(self.next_rule, name);
-                    self.next_rule += 1;
-                }
+    /// Numbers the statements of an object, and forgets those that it had and has no more.
+    fn number(&mut self, policy: &PolicyRef, rules: &[Rule<SelectorId>]) {
+        let statements = rules.iter().flat_map(|rule| &rule.statements);
+        let now: BTreeSet<RuleName> = statements
+            .map(|statement| RuleName {
+                policy: policy.clone(),
+                place: statement.place.clone(),
+            })
+            .collect();
+        self.by_number
+            .retain(|_, name| name.policy != *policy || now.contains(name));
+        self.names
+            .retain(|name, _| name.policy != *policy || now.contains(name));
+        for name in now {
+            if !self.names.contains_key(&name) {
+                self.by_number.insert(self.next_rule, name.clone());
+                self.names.insert(name, self.next_rule);
+                self.next_rule += 1;
             }
         }
     }
@@ -456,8 +499,13 @@ impl PolicyEngine {
             .filter(|rule| self.selects(rule, kind))
     }
 
-    fn rebuild(&mut self, mut dirty: Dirty) -> Vec<MapWrite> {
-        let (wanted, refresh) = self.sort_out(&mut dirty);
+    fn rebuild(&mut self, dirty: Dirty) -> Vec<MapWrite> {
+        let (wanted, refresh) = self.sort_out(&dirty);
+        let structural = !wanted.is_empty()
+            || self
+                .endpoints
+                .values()
+                .any(|e| e.kind.identity == IdentityId::UNKNOWN);
         let mut out = Vec::new();
         // Statements first: they say which prefixes have to be told apart.
         let mut pending = Vec::new();
@@ -479,20 +527,22 @@ impl PolicyEngine {
             self.recompile(&kind, default_deny, flats, &mut out);
         }
         self.write_endpoints(&mut out);
-        self.collect_garbage(&mut out);
+        if structural {
+            self.collect_garbage(&mut out);
+        }
         out
     }
 
     /// Which kinds of endpoints have to be compiled, and for which only some identities change.
-    fn sort_out(&self, dirty: &mut Dirty) -> (BTreeSet<Kind>, BTreeMap<Kind, BTreeSet<IdentityId>>) {
+    fn sort_out(&self, dirty: &Dirty) -> (BTreeSet<Kind>, BTreeMap<Kind, BTreeSet<IdentityId>>) {
         let mut wanted = BTreeSet::new();
         let mut refresh: BTreeMap<Kind, BTreeSet<IdentityId>> = BTreeMap::new();
         let changed: BTreeSet<IdentityId> = dirty.members.values().flatten().copied().collect();
-        for endpoint in self.endpoints.values() {
-            let kind = &endpoint.kind;
-            if kind.identity == IdentityId::UNKNOWN || wanted.contains(kind) {
-                continue;
-            }
+        let kinds: BTreeSet<&Kind> = self.endpoints.values().map(|endpoint| &endpoint.kind).collect();
+        for kind in kinds
+            .into_iter()
+            .filter(|kind| kind.identity != IdentityId::UNKNOWN)
+        {
             let Some(policy) = self.policies.get(kind) else {
                 wanted.insert(kind.clone());
                 continue;
@@ -654,7 +704,7 @@ impl PolicyEngine {
         }
     }
 
-    /// Takes away policies that no endpoint has, prefixes that no statement names, and names of statements that are gone.
+    /// Takes away policies that no endpoint has, and prefixes that no statement names.
     fn collect_garbage(&mut self, out: &mut Vec<MapWrite>) {
         let used: BTreeSet<&Kind> = self.endpoints.values().map(|endpoint| &endpoint.kind).collect();
         let unused: Vec<Kind> = self

@@ -162,6 +162,76 @@ impl Maps {
         }
     }
 
+    /// The writes that turn what maps hold into what they should, in an order that leads to nothing incomplete: after a
+    /// restart (all numbers are new then) and for the periodic comparison. Entries of endpoints that `wanted` does not
+    /// know are removed: not to be used before the first full directory.
+    pub fn repair(&self, wanted: &Self) -> Vec<MapWrite> {
+        let mut out = Vec::new();
+        out.extend(
+            wanted
+                .verdicts
+                .iter()
+                .filter(|(key, value)| self.verdicts.get(key) != Some(value))
+                .map(|(key, value)| MapWrite::SetVerdict(*key, *value)),
+        );
+        out.extend(
+            wanted
+                .cidrs
+                .iter()
+                .filter(|(key, number)| self.cidrs.get(key) != Some(number))
+                .map(|(key, number)| MapWrite::SetCidr(*key, *number)),
+        );
+        let mut ports: Vec<_> = wanted
+            .ports
+            .iter()
+            .filter(|(key, value)| self.ports.get(key) != Some(value))
+            .collect();
+        ports.sort_by_key(|(key, _)| std::cmp::Reverse(key.length));
+        out.extend(
+            ports
+                .into_iter()
+                .map(|(key, value)| MapWrite::SetPort(*key, *value)),
+        );
+        out.extend(
+            wanted
+                .endpoints
+                .iter()
+                .filter(|(index, value)| self.endpoints.get(index) != Some(value))
+                .map(|(index, value)| MapWrite::SetEndpoint(*index, *value)),
+        );
+        let mut gone: Vec<MapWrite> = Vec::new();
+        let lost = |index: &&u16| !wanted.endpoints.contains_key(index);
+        gone.extend(
+            self.endpoints
+                .keys()
+                .filter(lost)
+                .map(|index| MapWrite::DeleteEndpoint(*index)),
+        );
+        let mut ports: Vec<_> = self
+            .ports
+            .keys()
+            .filter(|key| !wanted.ports.contains_key(key))
+            .collect();
+        ports.sort_by_key(|key| key.length);
+        gone.extend(ports.into_iter().map(|key| MapWrite::DeletePort(*key)));
+        let cidrs = self.cidrs.keys().filter(|key| !wanted.cidrs.contains_key(key));
+        gone.extend(cidrs.map(|key| MapWrite::DeleteCidr(*key)));
+        let verdicts: Vec<_> = self
+            .verdicts
+            .keys()
+            .filter(|key| !wanted.verdicts.contains_key(key))
+            .collect();
+        if !verdicts.is_empty() {
+            gone.push(MapWrite::Grace);
+            gone.extend(verdicts.into_iter().map(|key| MapWrite::DeleteVerdict(*key)));
+        }
+        if !gone.is_empty() {
+            out.push(MapWrite::Grace);
+            out.append(&mut gone);
+        }
+        out
+    }
+
     /// The longest prefix that covers, as an LPM trie finds it.
     fn port(&self, policy: u32, direction: Direction, protocol: u8, port: u16) -> Option<PortValue> {
         let bits = u32::from(protocol) << 16 | u32::from(port);
