@@ -21,7 +21,7 @@ pub use spec::{
     IngressRule, K8sServiceNamespace, K8sServiceSelectorNamespace, LabelSelector, LabelSelectorRequirement,
     Log, PolicyRule, PortProtocol, PortRule, RuleLabel, Service,
 };
-pub use status::{condition, valid_condition};
+pub use status::condition;
 
 #[cfg(test)]
 mod tests;

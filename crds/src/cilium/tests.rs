@@ -5,7 +5,10 @@ use kube::Resource;
 use serde_json::{Value, json};
 use warren_model::{
     IdentityId, Labels,
-    policy::{Action, Direction, Directions, Peer, Peers, Ports, Rule, Subject, Unenforced, reserved_labels},
+    policy::{
+        Action, Direction, Directions, Peer, Peers, Ports, Rule, Subject, Unenforced, Validity,
+        reserved_labels,
+    },
 };
 
 use super::*;
@@ -363,7 +366,7 @@ fn what_cannot_be_enforced_is_kept_and_said() {
     let http = cnp(json!({"endpointSelector": {}, "ingress": [{"toPorts":
         [{"ports": [{"port": "80", "protocol": "TCP"}], "rules": {"http": [{"method": "GET", "path": "/get"}]}}]}]}));
     let outcome = parse(&http, "east");
-    let (valid, message) = valid_condition(&outcome);
+    let Validity { valid, message } = Validity::of(&outcome, &[]);
     assert!(valid);
     assert_eq!(
         message,
@@ -631,7 +634,15 @@ fn typed_objects_survive_a_round_trip_and_conditions_keep_their_time() {
     let typed: CiliumNetworkPolicy = serde_json::from_value(object.clone()).unwrap();
     assert_eq!(serde_json::to_value(&typed).unwrap(), object);
     let at = |text: &str| serde_json::from_value::<Time>(json!(text)).unwrap();
-    let first = condition(true, "a".into(), Some(1), at("2026-01-01T00:00:00Z"), None);
+    let first = condition(
+        Validity {
+            valid: true,
+            message: "a".into(),
+        },
+        Some(1),
+        at("2026-01-01T00:00:00Z"),
+        None,
+    );
     let second = condition(
         true,
         "b".into(),

@@ -11,12 +11,14 @@ mod cidr;
 mod error;
 mod label;
 mod port;
+mod resolved;
 mod rule;
 
 pub use cidr::{AddressScope, CidrSet, CidrSource};
 pub use error::PolicyError;
 pub use label::{Entity, LabelKey, LabelSource, Operator, Requirement, Selector, keys, reserved_labels};
 pub use port::{NamedPorts, PortMatch, PortSpec, Protocol};
+pub use resolved::{SelectorId, Validity};
 pub use rule::{
     Action, Direction, Directions, Peer, Peers, PolicyKind, PolicyRef, Ports, Rule, Statement, Subject,
     Unenforced,
