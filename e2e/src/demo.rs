@@ -194,6 +194,13 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
     crate::lab::wait::wait_until(Duration::from_secs(20), "the cluster's status is good", || {
         lab.node(1)
             .run(["warren", "encrypt", "status", "--keyd-socket", KEYD_SOCKET])
+            .and_then(|text| {
+                if text.trim().is_empty() {
+                    anyhow::bail!("it printed nothing")
+                } else {
+                    Ok(text)
+                }
+            })
     })
     .map(|text| print_indented(&text))?;
     steps.done("both exit with 0");

@@ -126,6 +126,8 @@ fn ask_udp(to: SocketAddr, from: Option<IpAddr>, size: usize, timeout: Duration)
                 );
                 return Ok((String::from_utf8(name.to_vec())?, back.len()));
             }
+            // Path MTU discovery's answer to our datagram.
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {}
             Err(error)
                 if matches!(
                     error.kind(),
