@@ -176,7 +176,7 @@ mod tests {
     #[test]
     fn a_pod_is_marked_whatever_it_claims() {
         let expected = Ok(Verdict::Pass {
-            mark: (0xffff_ffff & !MARK_MASK) | POD_MARK,
+            mark: !MARK_MASK | POD_MARK,
         });
         assert_eq!(out(&frame4(POD_V4)), expected);
         assert_eq!(out(&frame6(POD_V6)), expected);

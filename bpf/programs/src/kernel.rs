@@ -1,7 +1,6 @@
 //! The kernel's side: the packet and the maps behind the traits of the library, and the counters.
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
     helpers::bpf_probe_read_kernel,
     macros::map,

@@ -5,6 +5,10 @@
     target_arch = "bpf",
     expect(unsafe_code, reason = "kernel helpers and the context are raw pointers")
 )]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(unreachable_pub, reason = "aya's macros need entries and make them public")
+)]
 
 #[cfg(target_arch = "bpf")]
 mod kernel;

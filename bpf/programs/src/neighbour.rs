@@ -4,7 +4,7 @@
 use warren_abi::{DropReason, EndpointValue};
 
 use crate::{
-    Address, Fragment, Ip, Packet, Transport,
+    Fragment, Ip, Packet, Transport,
     endpoint::{is_link_local, owns_v6},
     transport::ICMPV6,
 };
@@ -133,20 +133,11 @@ fn check_options<P: Packet>(
     }
 }
 
-/// The IPv6 source of a packet, where it is IPv6.
-#[inline(always)]
-pub(crate) fn source(ip: &Ip) -> Option<&[u8; 16]> {
-    match &ip.source {
-        Address::V6(address) => Some(address),
-        Address::V4(_) => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
-        Link, Network,
+        Address, Link, Network,
         testing::{Bytes, POD_MAC, POD_V6, endpoint, extension, fragment_header, icmp6, octets, v6},
     };
 
@@ -164,13 +155,10 @@ mod tests {
         )?
         .expect("is IPv6");
         let transport = Transport::parse(&packet, &ip)?;
-        check(
-            &packet,
-            &ip,
-            source(&ip).expect("is IPv6"),
-            &transport,
-            &endpoint(),
-        )
+        let Address::V6(source) = ip.source else {
+            panic!("is IPv6")
+        };
+        check(&packet, &ip, &source, &transport, &endpoint())
     }
 
     fn solicitation(from: &str, mac: Option<[u8; 6]>) -> Vec<u8> {

@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn the_most_specific_owner_of_the_source_must_be_a_peer_of_the_slot() {
         let accepted = Ok(Verdict::Pass {
-            mark: (0xffff_ffff & !MARK_MASK) | TUNNEL_MARK,
+            mark: !MARK_MASK | TUNNEL_MARK,
         });
         assert_eq!(enter(&from4([10, 244, 2, 9]), TUNNEL0), accepted);
         assert_eq!(
