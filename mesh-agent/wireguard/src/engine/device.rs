@@ -6,7 +6,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Instant,
 };
@@ -34,6 +34,8 @@ pub(super) struct Device {
     pub(super) tun: Tun,
     pub(super) counters: Counters,
     mtu: AtomicUsize,
+    /// What the kernel had dropped in front of the device when it was last asked.
+    overflows: AtomicU64,
     state: RwLock<State>,
     /// Held through a whole configuration request, so that requests do not mix; and the threads of the sockets.
     readers: Mutex<Readers>,
@@ -90,6 +92,7 @@ impl Device {
             name: name.into(),
             implementation,
             mtu: AtomicUsize::new(tun.mtu().unwrap_or(USUAL_MTU)),
+            overflows: AtomicU64::new(tun.overflows().unwrap_or(0)),
             tun,
             counters: Counters::default(),
             state: RwLock::default(),
@@ -233,10 +236,19 @@ impl Device {
         }
     }
 
-    /// Follows the link's MTU.
-    pub(super) fn refresh_mtu(&self) {
+    /// Follows the link's MTU and what the kernel drops in front of the engine.
+    pub(super) fn refresh(&self) {
         if let Ok(mtu) = self.tun.mtu() {
             self.mtu.store(mtu, Ordering::Relaxed);
+        }
+        if let Ok(total) = self.tun.overflows() {
+            let new = total - self.overflows.swap(total, Ordering::Relaxed).min(total);
+            self.counters.drop_many(DropReason::DeviceQueueFull, new);
+        }
+        let sockets = self.read().sockets.clone();
+        if let Some(sockets) = sockets {
+            self.counters
+                .drop_many(DropReason::SocketQueueFull, sockets.new_overflows());
         }
     }
 

@@ -25,6 +25,10 @@ macro_rules! reasons {
 }
 
 reasons! {
+    /// Outgoing: the engine did not read the device in time. Counted by the kernel, looked up every second.
+    DeviceQueueFull => "device_queue_full",
+    /// Incoming: the engine did not read its sockets in time. Counted by the kernel, looked up every second.
+    SocketQueueFull => "socket_queue_full",
     /// Outgoing: not an IPv4 or IPv6 packet.
     NotIp => "not_ip",
     /// Outgoing: no peer owns the destination.

@@ -31,7 +31,7 @@ use super::{
 /// How often timers run. WireGuard's own are whole seconds.
 const TICK: Duration = Duration::from_millis(100);
 
-/// How often the engine looks for devices that it shall serve, and for changed MTUs.
+/// How often the engine looks for devices that it shall serve, for changed MTUs and for what the kernel dropped.
 const SCAN: Duration = Duration::from_secs(1);
 
 /// Holds the run directory: locked as long as the process lives.
@@ -170,11 +170,11 @@ impl Engine {
         }
     }
 
-    /// Attaches to wanted devices that have appeared, and follows MTUs.
+    /// Attaches to wanted devices that have appeared, and refreshes those it has.
     fn scan(&self) {
         let mut devices = self.lock();
         for attached in devices.attached.values() {
-            attached.device.refresh_mtu();
+            attached.device.refresh();
         }
         for name in &self.wanted {
             let exists = nix::net::if_::if_nametoindex(name.as_str()).is_ok();
@@ -349,6 +349,7 @@ fn detach(attached: Option<Attached>) {
 }
 
 fn stats(device: &Device) -> Value {
+    device.refresh();
     let counters = &device.counters;
     let drops: BTreeMap<_, _> = counters.drops().collect();
     json!({

@@ -15,6 +15,13 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::TUN_FLAGS;
 
+/// Packets that wait for the engine: TUN's own 500 overflow in the first moment that its thread waits for a CPU.
+const QUEUE_LENGTH: libc::c_int = 10_000;
+
+/// Where the kernel counts drops in `SO_MEMINFO` (`SK_MEMINFO_DROPS`), and how many figures there are.
+const MEMINFO_DROPS: usize = 8;
+const MEMINFO_VARS: usize = 9;
+
 /// An open TUN device. Closing it leaves the device, which is persistent.
 #[derive(Debug)]
 pub(super) struct Tun {
@@ -47,11 +54,33 @@ impl Tun {
             SockFlag::SOCK_CLOEXEC,
             None,
         )?;
-        Ok(Self {
+        let tun = Self {
             file,
             name: name.into(),
             inquiry,
-        })
+        };
+        tun.lengthen_queue()?;
+        Ok(tun)
+    }
+
+    fn lengthen_queue(&self) -> io::Result<()> {
+        let mut request = request(&self.name)?;
+        request.ifr_ifru.ifru_metric = QUEUE_LENGTH;
+        // SAFETY: SIOCSIFTXQLEN reads one ifreq, whose value is an integer at the place of every other.
+        check(unsafe { libc::ioctl(self.inquiry.as_raw_fd(), libc::SIOCSIFTXQLEN, &raw mut request) })
+    }
+
+    /// Packets that the kernel dropped because the engine did not read them in time, since the link was made.
+    pub(super) fn overflows(&self) -> io::Result<u64> {
+        // The thread's own network namespace, wherever /sys is from.
+        let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+        let line = table
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(name, _)| name.trim() == self.name);
+        // Eight figures of reception, then bytes, packets, errors and drops of transmission.
+        let drops = line.and_then(|(_, figures)| figures.split_whitespace().nth(11)?.parse().ok());
+        drops.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
     /// Reads one packet; `WouldBlock` when there is none.
@@ -79,6 +108,24 @@ impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Datagrams that the kernel dropped because nobody read a socket in time.
+pub(super) fn socket_overflows(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut figures = [0u32; MEMINFO_VARS];
+    let mut size = size_of_val(&figures) as libc::socklen_t;
+    // SAFETY: SO_MEMINFO writes at most `size` bytes, all of which belong to `figures`.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            figures.as_mut_ptr().cast(),
+            &raw mut size,
+        )
+    };
+    check(result)?;
+    Ok(figures[MEMINFO_DROPS].into())
 }
 
 fn request(name: &str) -> io::Result<libc::ifreq> {

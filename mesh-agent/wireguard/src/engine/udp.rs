@@ -4,7 +4,10 @@ use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
     os::fd::AsFd as _,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use nix::{
@@ -12,6 +15,8 @@ use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, sockopt},
 };
+
+use super::tun;
 
 /// Bytes of a socket's buffers: what a burst at several Gb/s needs while a thread waits for a CPU.
 const BUFFER: usize = 4 * 1024 * 1024;
@@ -28,6 +33,8 @@ pub(super) struct Sockets {
     /// `None` where the machine has no IPv6.
     v6: Option<Arc<UdpSocket>>,
     port: u16,
+    /// What [`Self::new_overflows`] has told already.
+    overflows: AtomicU64,
 }
 
 impl Sockets {
@@ -65,6 +72,7 @@ impl Sockets {
             v4: Arc::new(v4),
             v6,
             port,
+            overflows: AtomicU64::new(0),
         };
         if fwmark != 0 {
             sockets.set_fwmark(fwmark)?;
@@ -78,6 +86,15 @@ impl Sockets {
 
     pub(super) fn each(&self) -> impl Iterator<Item = &Arc<UdpSocket>> {
         std::iter::once(&self.v4).chain(&self.v6)
+    }
+
+    /// Datagrams that the kernel dropped since the last call because nobody read them in time.
+    pub(super) fn new_overflows(&self) -> u64 {
+        let total = self
+            .each()
+            .filter_map(|socket| tun::socket_overflows(socket.as_fd()).ok())
+            .sum();
+        total - self.overflows.swap(total, Ordering::Relaxed).min(total)
     }
 
     pub(super) fn set_fwmark(&self, fwmark: u32) -> io::Result<()> {

@@ -289,7 +289,9 @@ impl Node {
     /// Addresses, MTU and routes of the tunnel device.
     pub fn configure_links(&self) -> Result<()> {
         let (number, device) = (self.number, &self.device);
-        self.namespace.ip(&format!("link set {device} mtu 1412"))?;
+        // The queue as our engine has it: others leave it at 500.
+        self.namespace
+            .ip(&format!("link set {device} mtu 1412 txqueuelen 10000"))?;
         self.namespace
             .ip(&format!("addr add 10.{number}.0.1/8 dev {device}"))?;
         self.namespace
