@@ -1,10 +1,10 @@
 //! Who is at the other end of a stream.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 use warren_keyd_api::tls::CertifiedNode;
 use warren_model::{NodeName, NodeUid};
+
+use crate::token_review::TokenReviews;
 
 /// A proved identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(crate) struct Caller {
 pub(crate) enum Authenticator {
     /// Stand-alone: a client certificate from a join token.
     Certificates,
+    /// Kubernetes: a projected service-account token.
+    Tokens(TokenReviews),
 }
 
 /// A sentence for the agent.
@@ -42,9 +44,6 @@ impl Unauthenticated {
     }
 }
 
-/// A proof without an expiry of its own is asked for again after this time.
-pub(crate) const DEFAULT_VALIDITY: Duration = Duration::from_secs(600);
-
 impl Authenticator {
     /// Checks certificate or token against the name that the agent claims.
     pub(crate) async fn authenticate(
@@ -54,6 +53,7 @@ impl Authenticator {
         claimed: &NodeName,
     ) -> Result<Caller, Unauthenticated> {
         let caller = match self {
+            Self::Tokens(reviews) => reviews.review(token).await?,
             Self::Certificates if token.is_empty() => by_certificate(certificate)?,
             Self::Certificates => {
                 return Err(Unauthenticated::no(

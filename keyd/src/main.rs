@@ -10,6 +10,8 @@ mod client;
 mod clock;
 mod files;
 mod hub;
+mod kubernetes;
+mod leader;
 mod listener;
 mod metrics;
 mod publisher;
@@ -18,6 +20,7 @@ mod service;
 mod session;
 mod source;
 mod store;
+mod token_review;
 mod tokens;
 mod trust;
 

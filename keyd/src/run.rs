@@ -42,7 +42,7 @@ pub(crate) async fn run(args: Run) -> anyhow::Result<()> {
     tracing::info!(?config, "configuration");
     match args.source {
         SourceKind::Manifests => stand_alone(args, config).await,
-        SourceKind::Kubernetes => anyhow::bail!("--source kubernetes is not built in"),
+        SourceKind::Kubernetes => crate::kubernetes::run(args, config).await,
     }
 }
 
@@ -61,23 +61,23 @@ fn load_config(path: &Path) -> anyhow::Result<ClusterConfig> {
 }
 
 /// What both modes hand to their streams and tools.
-struct Shared {
-    args: Run,
-    config: ClusterConfig,
-    trust: Arc<Trust>,
-    metrics: Metrics,
-    keyd_id: String,
+pub(crate) struct Shared {
+    pub(crate) args: Run,
+    pub(crate) config: ClusterConfig,
+    pub(crate) trust: Arc<Trust>,
+    pub(crate) metrics: Metrics,
+    pub(crate) keyd_id: String,
 }
 
 impl Shared {
-    fn listen(&self) -> SocketAddr {
+    pub(crate) fn listen(&self) -> SocketAddr {
         self.args
             .listen
             .unwrap_or_else(|| SocketAddr::from(([0_u16; 8], self.config.keyd_port)))
     }
 
     /// Serves agents, the local socket and metrics until a signal or the first failure.
-    async fn serve(
+    pub(crate) async fn serve(
         &self,
         role: watch::Receiver<Role>,
         ready: watch::Receiver<bool>,

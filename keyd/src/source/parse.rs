@@ -81,8 +81,8 @@ pub(crate) fn node(node: &KubeNode, derived_uid: impl Fn(&str) -> String) -> Res
         Some(uid) => (uid, false),
         None => (derived_uid(&name), true),
     };
-    if uid.len() > 128 || !uid.chars().all(|c| c.is_ascii_graphic()) {
-        return Err("metadata.uid has more than 128 characters or unprintable ones".into());
+    if uid.is_empty() || uid.len() > 128 || !uid.chars().all(|c| c.is_ascii_graphic()) {
+        return Err("metadata.uid is empty, has more than 128 characters or unprintable ones".into());
     }
     Ok(Node {
         name: name.into(),

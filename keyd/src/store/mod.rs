@@ -1,17 +1,23 @@
 //! Where durable state lives.
 
 mod files;
+mod kubernetes;
 mod objects;
 
 use std::sync::Arc;
 
 pub(crate) use files::FileStore;
+pub(crate) use kubernetes::{KubeStore, MANAGER, is_code};
+use warren_crds::MeshNodeStatus;
 use warren_keyd_core::{Object, Recovered};
 
 /// A store. Writes are idempotent.
 #[derive(Clone)]
 pub(crate) enum Store {
+    /// A folder.
     Files(Arc<FileStore>),
+    /// The Kubernetes API.
+    Kubernetes(Arc<KubeStore>),
 }
 
 /// Names the thing that an object is about: a newer object of the same name replaces an older one.
@@ -41,6 +47,7 @@ impl Store {
     pub(crate) async fn load(&self) -> anyhow::Result<Loaded> {
         match self {
             Self::Files(store) => store.load(),
+            Self::Kubernetes(store) => store.load().await,
         }
     }
 
@@ -48,6 +55,15 @@ impl Store {
     pub(crate) async fn apply(&self, object: &Object) -> anyhow::Result<()> {
         match self {
             Self::Files(store) => store.apply(object),
+            Self::Kubernetes(store) => store.apply(object).await,
+        }
+    }
+
+    /// Writes what was last seen of a node; a folder keeps no such thing.
+    pub(crate) async fn status(&self, name: &str, status: &MeshNodeStatus) -> anyhow::Result<()> {
+        match self {
+            Self::Files(_) => Ok(()),
+            Self::Kubernetes(store) => store.status(name, status).await,
         }
     }
 }
