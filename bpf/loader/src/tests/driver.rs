@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    POD_MAC, config, dropped, ip,
+    config, connect_pod, dropped, ip,
     isolation::{Peer, command, ifindex, ip as ip_command, isolated},
     pod, set_owners,
 };
@@ -36,27 +36,6 @@ fn attachment(ifindex: u32, role: Role, healthy: bool) -> Attachment {
         role,
         healthy,
     }
-}
-
-/// A pod with its veth and addresses; the host's end is `pod0`.
-fn connect_pod() -> Peer {
-    let peer = Peer::new();
-    ip_command(&format!(
-        "link add pod0 type veth peer name eth0 netns {}",
-        peer.thread
-    ));
-    ip_command("link set pod0 up");
-    ip_command("addr add 10.244.1.1/24 dev pod0");
-    ip_command("-6 addr add fd00:10:244:1::1/64 dev pod0 nodad");
-    peer.run(|| {
-        let mac = POD_MAC.map(|byte| format!("{byte:02x}")).join(":");
-        ip_command(&format!("link set eth0 address {mac}"));
-        ip_command("addr add 10.244.1.2/24 dev eth0");
-        ip_command("-6 addr add fd00:10:244:1::2/64 dev eth0 nodad");
-        ip_command("addr add 10.244.1.66/24 dev eth0");
-        ip_command("link set eth0 up");
-    });
-    peer
 }
 
 /// Sends from the pod until the host has it, or somebody counts a drop.
@@ -333,110 +312,6 @@ fn a_foreign_filter_in_front_is_overtaken() {
         );
         assert!(!shown.contains("warren_"), "{shown}");
     });
-}
-
-/// Two tunnels between two nodes; the far end is a peer that reads and writes packets.
-#[test]
-fn a_tunnel_sends_by_the_device_of_the_path() {
-    both_modes(|pins, mode| {
-        let mut datapath = Datapath::open(&with(pins, mode)).unwrap();
-        let peer = Peer::new();
-        for slot in 0..2_u8 {
-            // A veth stands for the WireGuard device of the slot.
-            ip_command(&format!(
-                "link add tun{slot} type veth peer name end{slot} netns {}",
-                peer.thread
-            ));
-            datapath
-                .attach(ifindex(&format!("tun{slot}")), Role::Tunnel { slot })
-                .unwrap();
-            ip_command(&format!("addr add 169.254.41.{}/32 dev tun{slot}", 51 + slot));
-            ip_command(&format!("link set tun{slot} up"));
-            let mac = format!("02:00:00:00:00:0{slot}");
-            peer.run({
-                let mac = mac.clone();
-                move || {
-                    ip_command(&format!("link set end{slot} address {mac}"));
-                    ip_command(&format!("link set end{slot} up"));
-                }
-            });
-            ip_command(&format!(
-                "neigh add 10.244.2.9 lladdr {mac} dev tun{slot} nud permanent"
-            ));
-        }
-        ip_command("route add 10.244.2.0/24 dev tun0");
-        peer.run(|| {
-            ip_command("addr add 10.244.2.9/32 dev lo");
-            for path in ["all", "end0", "end1"] {
-                std::fs::write(format!("/proc/sys/net/ipv4/conf/{path}/rp_filter"), "0")
-                    .expect("sets rp_filter");
-            }
-            ip_command("route add 169.254.41.0/24 dev end0");
-        });
-        set_owners(&mut datapath);
-        let received = |device: &'static str| {
-            peer.run(move || {
-                let text = std::fs::read_to_string("/proc/thread-self/net/dev").expect("is there");
-                let line = text
-                    .lines()
-                    .find(|line| line.trim_start().starts_with(device))
-                    .expect("is there")
-                    .to_owned();
-                line.split_whitespace()
-                    .nth(2)
-                    .and_then(|packets| packets.parse::<u64>().ok())
-                    .expect("a number")
-            })
-        };
-        let target: std::net::SocketAddr = "10.244.2.9:9".parse().unwrap();
-        let counted = counter(&datapath, "no-path");
-        assert!(!await_either_device(
-            &received,
-            "end0",
-            || send("169.254.41.51", target),
-            counted
-        ));
-        datapath
-            .set_path(
-                2,
-                Path {
-                    ifindex: ifindex("tun0"),
-                    receive_slots: 1,
-                },
-            )
-            .unwrap();
-        assert!(await_either_device(
-            &received,
-            "end0",
-            || send("169.254.41.51", target),
-            || false
-        ));
-        datapath
-            .set_path(
-                2,
-                Path {
-                    ifindex: ifindex("tun1"),
-                    receive_slots: 2,
-                },
-            )
-            .unwrap();
-        assert!(await_either_device(
-            &received,
-            "end1",
-            || send("169.254.41.51", target),
-            || false
-        ));
-    });
-}
-
-fn await_either_device(
-    received: &impl Fn(&'static str) -> u64,
-    device: &'static str,
-    act: impl FnMut(),
-    dropped: impl FnMut() -> bool,
-) -> bool {
-    let before = received(device);
-    await_either(act, || received(device) > before, dropped)
 }
 
 #[test]

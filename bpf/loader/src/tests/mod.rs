@@ -5,12 +5,14 @@ mod driver;
 mod frames;
 mod isolation;
 mod stack;
+mod tunnel;
 mod verdicts;
 
 use std::{net::IpAddr, path::Path as FilePath};
 
 use ipnet::IpNet;
 
+use self::isolation::{Peer, ip as ip_command};
 use crate::{AttachMode, Config, Datapath, Endpoint, Owner, OwnerKind};
 
 pub(crate) const POD_MAC: [u8; 6] = [0x0a, 0x58, 0x0a, 0xf4, 1, 2];
@@ -70,6 +72,29 @@ pub(crate) fn set_owners(datapath: &mut Datapath) {
     }
 }
 
+/// A pod with its veth, addresses and routes; the host's end is `pod0`. One of its addresses is not its own.
+pub(crate) fn connect_pod() -> Peer {
+    let peer = Peer::new();
+    ip_command(&format!(
+        "link add pod0 type veth peer name eth0 netns {}",
+        peer.thread
+    ));
+    ip_command("link set pod0 up");
+    ip_command("addr add 10.244.1.1/24 dev pod0");
+    ip_command("-6 addr add fd00:10:244:1::1/64 dev pod0 nodad");
+    peer.run(|| {
+        let mac = POD_MAC.map(|byte| format!("{byte:02x}")).join(":");
+        ip_command(&format!("link set eth0 address {mac}"));
+        ip_command("addr add 10.244.1.2/24 dev eth0");
+        ip_command("-6 addr add fd00:10:244:1::2/64 dev eth0 nodad");
+        ip_command("addr add 10.244.1.66/24 dev eth0");
+        ip_command("link set eth0 up");
+        ip_command("route add default via 10.244.1.1");
+        ip_command("-6 route add default via fd00:10:244:1::1");
+    });
+    peer
+}
+
 /// Packets dropped for a reason.
 pub(crate) fn dropped(datapath: &Datapath, reason: &str) -> u64 {
     let drops = datapath.drops().expect("reads the counters");
@@ -77,4 +102,10 @@ pub(crate) fn dropped(datapath: &Datapath, reason: &str) -> u64 {
         .into_iter()
         .find(|(name, _)| name == reason)
         .map_or(0, |(_, packets)| packets)
+}
+
+#[test]
+fn a_datapath_may_move_between_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<Datapath>();
 }
