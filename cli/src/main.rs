@@ -1,3 +1,45 @@
-//! See Cargo.toml.
+//! `warren`, also as `kubectl warren`: shows an operator how the mesh is, and fails where it is not as it should be.
+//!
+//! It asks `keyd` and the Kubernetes API and changes nothing.
 
-fn main() {}
+mod args;
+mod assess;
+mod components;
+mod encrypt;
+mod kubernetes;
+mod output;
+mod source;
+mod status;
+mod version;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory as _;
+
+use args::{Cli, Command, EncryptCommand};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let cli = match args::parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    let result = match &cli.command {
+        Command::Encrypt(EncryptCommand::Status(options)) => encrypt::run(&cli.target, options).await,
+        Command::Status(options) => status::run(&cli.target, options).await,
+        Command::Version(options) => version::run(&cli.target, options).await,
+        Command::Completion { shell } => {
+            let shell = clap_complete::Shell::from(*shell);
+            clap_complete::generate(shell, &mut Cli::command(), "warren", &mut std::io::stdout());
+            Ok(true)
+        }
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("warren: {error:#}");
+            ExitCode::from(1)
+        }
+    }
+}
