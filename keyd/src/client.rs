@@ -6,6 +6,7 @@ use anyhow::anyhow;
 use warren_keyd_api::{
     admin,
     proto::{CreateJoinTokenRequest, StatusRequest, StatusResponse},
+    status::ClusterStatus,
 };
 
 use crate::args::Format;
@@ -34,7 +35,7 @@ pub(crate) async fn status(output: Format, socket: &Path) -> anyhow::Result<()> 
         .map_err(|status| anyhow!("{}", status.message()))?
         .into_inner();
     match output {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&json(&response))?),
+        Format::Json => println!("{}", serde_json::to_string_pretty(&ClusterStatus::from(response))?),
         Format::Text => print!("{}", text(&response)),
     }
     Ok(())
@@ -42,41 +43,6 @@ pub(crate) async fn status(output: Format, socket: &Path) -> anyhow::Result<()> 
 
 fn address(bytes: &[u8]) -> String {
     warren_keyd_api::convert::address_from_bytes(bytes).map_or_else(|_| "?".into(), |ip| ip.to_string())
-}
-
-fn json(status: &StatusResponse) -> serde_json::Value {
-    let nodes: Vec<_> = status
-        .nodes
-        .iter()
-        .map(|node| {
-            let entry = node.node.clone().unwrap_or_default();
-            let parsed = warren_keyd_api::convert::node_from_proto(&entry).ok();
-            serde_json::json!({
-                "name": entry.name,
-                "record": parsed,
-                "connected": node.connected,
-                "lastSeenUnixMs": node.last_seen_unix_ms,
-                "appliedEpoch": node.applied_epoch,
-                "appliedVersion": node.applied_version,
-                "agentVersion": node.status.as_ref().map(|status| status.agent_version.clone()),
-                "problems": node.status.as_ref().map(|status| status.problems.clone()).unwrap_or_default(),
-            })
-        })
-        .collect();
-    serde_json::json!({
-        "leader": status.leader,
-        "leaderAddress": status.leader_address,
-        "id": status.keyd_id,
-        "version": status.version,
-        "source": status.source,
-        "encryption": status.encryption,
-        "epoch": status.epoch,
-        "directoryVersion": status.directory_version,
-        "identities": status.identities,
-        "workloads": status.workloads,
-        "nodes": nodes,
-        "problems": status.problems,
-    })
 }
 
 fn text(status: &StatusResponse) -> String {
