@@ -12,4 +12,5 @@ pub mod demo;
 pub mod forge;
 pub mod inside;
 pub mod lab;
+pub mod oracle;
 pub mod scenario;
