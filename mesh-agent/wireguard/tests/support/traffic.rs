@@ -3,6 +3,7 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -13,6 +14,8 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, anyhow, ensure};
+
+use nix::sys::socket::{self, MsgFlags};
 
 use super::{Node, PATIENCE, enter};
 
@@ -175,7 +178,7 @@ impl Flow {
             .context("the receiver did not start")?;
         let (ended, counted) = (Arc::clone(&stop), Arc::clone(&sent));
         let sender = within(from, move || {
-            send(source, target, rate, bytes.max(8), &ended, &counted)
+            send(source, target, rate, bytes.max(9), &ended, &counted)
         });
         let name = format!("{} -> {} ({address})", from.number, to.number);
         Ok(Self {
@@ -222,6 +225,8 @@ fn send(
     };
     let socket = UdpSocket::bind((source.unwrap_or(any), 0))?;
     enlarge(&socket)?;
+    socket.connect(to)?;
+    let socket_fd = socket.as_raw_fd();
     let mut datagram = vec![0; bytes];
     let (start, mut number, mut skipped) = (Instant::now(), 0u64, 0u64);
     while !stop.load(Ordering::Relaxed) {
@@ -236,7 +241,14 @@ fn send(
             continue;
         }
         datagram[..8].copy_from_slice(&number.to_be_bytes());
-        socket.send_to(&datagram, to)?;
+        // In two parts, so that the kernel computes the checksum and leaves nothing to the device: wireguard-go writes 0
+        // where it must write 0xffff, and one IPv6 datagram in 65,536 is lost (RFC 8200, section 8.1).
+        socket::send(
+            socket_fd,
+            &datagram[..8],
+            MsgFlags::from_bits_retain(libc::MSG_MORE),
+        )?;
+        socket::send(socket_fd, &datagram[8..], MsgFlags::empty())?;
         number += 1;
         sent.store(number, Ordering::Relaxed);
     }
@@ -308,7 +320,7 @@ impl Seen {
 
 /// Room for what arrives while this thread waits for a CPU.
 fn enlarge(socket: &UdpSocket) -> Result<()> {
-    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::RcvBufForce, &(8 << 20))?;
-    nix::sys::socket::setsockopt(socket, nix::sys::socket::sockopt::SndBufForce, &(8 << 20))?;
+    socket::setsockopt(socket, socket::sockopt::RcvBufForce, &(8 << 20))?;
+    socket::setsockopt(socket, socket::sockopt::SndBufForce, &(8 << 20))?;
     Ok(())
 }
