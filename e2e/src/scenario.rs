@@ -76,16 +76,8 @@ pub struct Flows(Vec<crate::lab::Flow>);
 impl Flows {
     /// Starts 1,000 packets a second in each family.
     pub fn start(from: &Pod, to: &Pod) -> Result<Self> {
-        Self::start_to(from, to.addresses())
-    }
-
-    /// The same to addresses whose pod may be gone.
-    pub fn start_to(from: &Pod, to: &[IpAddr]) -> Result<Self> {
-        Ok(Self(
-            to.iter()
-                .map(|address| from.flow(*address, 1000))
-                .collect::<Result<_>>()?,
-        ))
+        let flows = to.addresses().iter().map(|address| from.flow(*address, 1000));
+        Ok(Self(flows.collect::<Result<_>>()?))
     }
 
     /// Ends them; none may have lost a packet, and each must have carried some.
@@ -101,6 +93,19 @@ impl Flows {
         self.0.iter_mut().for_each(crate::lab::Flow::stop);
         self.0.into_iter().map(crate::lab::Flow::finish).collect()
     }
+}
+
+/// Sends 1,000 packets in each family from a pod to addresses whose pod may be gone, whatever becomes of them.
+pub fn insist(from: &Pod, to: &[IpAddr]) -> Result<()> {
+    let flows = to
+        .iter()
+        .map(|address| from.burst(*address, 1000, 1000))
+        .collect::<Result<Vec<_>>>()?;
+    for flow in flows {
+        let report = flow.finish()?;
+        ensure!(report.sent == 1000, "{report:?}");
+    }
+    Ok(())
 }
 
 /// Nothing crossed in clear.

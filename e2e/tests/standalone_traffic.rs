@@ -71,7 +71,7 @@ fn a_large_transfer_arrives_as_it_was_sent() -> Result<()> {
         let far = lab.add_pod(PodSpec::new("far", 2))?;
         for (from, to) in [(&near, &far), (&far, &near)] {
             for address in to.addresses() {
-                let report = from.transfer(*address, 32 << 20)?;
+                let report = from.transfer(*address, 16 << 20)?;
                 ensure!(
                     report.corrupt_at.is_none() && report.receiver == to.name(),
                     "{report:?}"

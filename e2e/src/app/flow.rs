@@ -30,10 +30,11 @@ pub struct FlowArgs {
     /// Bytes of payload.
     #[arg(long, default_value_t = 200)]
     pub size: usize,
+    /// Milliseconds to ask the receiver for its report; without one, all count as lost.
+    #[arg(long, default_value_t = 5000)]
+    pub patience: u64,
 }
 
-/// How long a sender asks for the receiver's report.
-const REPORT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long after the first report missing packets may still arrive.
 const STRAGGLERS: Duration = Duration::from_millis(1000);
 
@@ -48,17 +49,24 @@ pub fn run(args: &FlowArgs) -> Result<FlowReport> {
         });
     }
     let count = args.count.unwrap_or(u64::MAX);
-    send(args.to, args.rate, args.size, |number| {
+    let patience = Duration::from_millis(args.patience);
+    send(args.to, args.rate, args.size, patience, |number| {
         number >= count || stop.load(Ordering::Relaxed)
     })
 }
 
 /// Sends `count` packets and returns what became of them.
 pub fn send_count(to: SocketAddr, count: u64, rate: u32, size: usize) -> Result<FlowReport> {
-    send(to, rate, size, |number| number >= count)
+    send(to, rate, size, Duration::from_secs(5), |number| number >= count)
 }
 
-fn send(to: SocketAddr, rate: u32, size: usize, mut done: impl FnMut(u64) -> bool) -> Result<FlowReport> {
+fn send(
+    to: SocketAddr,
+    rate: u32,
+    size: usize,
+    patience: Duration,
+    mut done: impl FnMut(u64) -> bool,
+) -> Result<FlowReport> {
     ensure!(rate > 0, "a rate of 0 sends nothing: give --rate 1 or more");
     let any: IpAddr = if to.is_ipv4() {
         [0, 0, 0, 0].into()
@@ -91,6 +99,7 @@ fn send(to: SocketAddr, rate: u32, size: usize, mut done: impl FnMut(u64) -> boo
     let report = ask_for_report(
         &socket,
         to,
+        patience,
         FlowPacket {
             flow,
             number,
@@ -106,12 +115,17 @@ fn send(to: SocketAddr, rate: u32, size: usize, mut done: impl FnMut(u64) -> boo
     Ok(FlowReport { refused, ..report })
 }
 
-fn ask_for_report(socket: &UdpSocket, to: SocketAddr, packet: FlowPacket) -> Option<FlowReport> {
+fn ask_for_report(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    patience: Duration,
+    packet: FlowPacket,
+) -> Option<FlowReport> {
     let start = Instant::now();
     let (mut best, mut first): (Option<FlowReport>, Option<Instant>) = (None, None);
     let mut buffer = [0; 2048];
     socket.set_read_timeout(Some(Duration::from_millis(50))).ok()?;
-    while start.elapsed() < REPORT_PATIENCE && first.is_none_or(|first| first.elapsed() < STRAGGLERS) {
+    while start.elapsed() < patience && first.is_none_or(|first| first.elapsed() < STRAGGLERS) {
         let _ = socket.send_to(&packet.encode(0), to);
         let Ok((length, from)) = socket.recv_from(&mut buffer) else {
             continue;

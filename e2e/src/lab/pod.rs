@@ -227,10 +227,24 @@ impl Pod {
 
     /// Starts numbered UDP packets to any port.
     pub fn flow_port(&self, to: SocketAddr, rate: u32) -> Result<Flow> {
-        let to = to.to_string();
-        let mut command =
-            self.place()
-                .command([&self.node.app(), "flow", "--to", &to, "--rate", &rate.to_string()]);
+        self.start_flow(to, rate, &[])
+    }
+
+    /// Starts `count` numbered UDP packets to another pod, whatever becomes of them: a receiver that does not
+    /// report at once is not waited for.
+    pub fn burst(&self, to: IpAddr, rate: u32, count: u64) -> Result<Flow> {
+        let count = count.to_string();
+        self.start_flow(
+            SocketAddr::new(to, PORT),
+            rate,
+            &["--count", &count, "--patience", "200"],
+        )
+    }
+
+    fn start_flow(&self, to: SocketAddr, rate: u32, more: &[&str]) -> Result<Flow> {
+        let (app, to, rate) = (self.node.app(), to.to_string(), rate.to_string());
+        let command = [app.as_str(), "flow", "--to", &to, "--rate", &rate];
+        let mut command = self.place().command(command.iter().chain(more));
         let log = self.shared.log(&format!("flow-{}", self.spec.name));
         let errors = std::fs::File::options().create(true).append(true).open(&log)?;
         let child = command
