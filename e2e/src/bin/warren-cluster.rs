@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use warren_e2e::cluster::{
     self, Cluster, Left, Options,
+    hello::{HelloArgs, hello},
     inside::{self, JoinArgs},
 };
 
@@ -42,6 +43,9 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// One Hello to keyd.
+    #[command(hide = true)]
+    Hello(HelloArgs),
     #[command(hide = true)]
     NodeOuter {
         #[arg(long)]
@@ -91,6 +95,7 @@ fn run(arguments: Arguments) -> Result<i32> {
         Verb::Down { all } => down(id, all).map(|()| 0),
         Verb::Status => status().map(|()| 0),
         Verb::Kubectl { arguments } => kubectl(id, &arguments),
+        Verb::Hello(arguments) => hello(&arguments).map(|()| 0),
         Verb::NodeOuter { spec } => inside::node_outer(&spec),
         Verb::Node { spec } => inside::node(&spec).map(|()| 0),
         Verb::Join(arguments) => inside::join(&arguments),

@@ -15,7 +15,7 @@ use crate::lab::wait::wait_for;
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// The name of a cluster's tree.
-fn tree(id: &str) -> String {
+pub(super) fn tree(id: &str) -> String {
     format!("warren-{id}")
 }
 

@@ -9,10 +9,12 @@ mod address;
 pub(crate) mod cgroup;
 mod config;
 mod control;
+pub mod hello;
 pub mod inside;
 mod manifests;
 mod node;
 mod pki;
+pub mod pod;
 mod shell;
 mod tools;
 mod warren;
@@ -135,8 +137,8 @@ impl Cluster {
     }
 
     /// The nodes, in order.
-    pub fn nodes(&mut self) -> &mut [Node] {
-        &mut self.nodes
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
     }
 
     /// Runs kubectl; an error where it fails.

@@ -2,10 +2,15 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result, ensure};
+use warren_agent_api::EncryptStatus;
+use warren_model::ClusterConfig;
 
 use super::{Cluster, address, tools};
-use crate::lab::net::{node_pools, pod_pools};
+use crate::lab::{
+    net::{node_pools, pod_pools},
+    wait::wait_until,
+};
 
 /// How long an installation may take until everything runs.
 const INSTALL: Duration = Duration::from_secs(120);
@@ -21,6 +26,71 @@ impl Cluster {
     pub fn upgrade(&self, set: &[&str]) -> Result<()> {
         self.helm("upgrade", set)?;
         self.wait_pods(INSTALL)
+    }
+
+    /// The configuration that Warren runs with.
+    pub fn config(&self) -> Result<ClusterConfig> {
+        let map = self.get(["configmap", "warren-config", "-n", "kube-system"])?;
+        let text = map["data"]["cluster.yaml"]
+            .as_str()
+            .context("warren-config has no cluster.yaml")?;
+        serde_saphyr::from_str(text).context("warren-config cannot be read")
+    }
+
+    /// What a node's agent says of its encryption, asked the way a user does.
+    pub fn encrypt_status(&self, node: &str) -> Result<EncryptStatus> {
+        let agent = self.pod_on("mesh-agent", node)?;
+        let output = self.kubectl_output([
+            "-n",
+            "kube-system",
+            "exec",
+            &agent,
+            "--",
+            "mesh-agent",
+            "encrypt",
+            "status",
+            "-o",
+            "json",
+        ])?;
+        serde_json::from_slice(&output.stdout)
+            .with_context(|| format!("{agent}: {}", String::from_utf8_lossy(&output.stderr).trim()))
+    }
+
+    /// Name of the pod of a part of Warren on a node.
+    pub fn pod_on(&self, part: &str, node: &str) -> Result<String> {
+        let (label, field) = (
+            format!("app.kubernetes.io/name={part}"),
+            format!("spec.nodeName={node}"),
+        );
+        let list = self.get([
+            "pods",
+            "-n",
+            "kube-system",
+            "-l",
+            &label,
+            "--field-selector",
+            &field,
+        ])?;
+        let pods = list["items"].as_array().into_iter().flatten();
+        let mut alive = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let name = alive.next().and_then(|pod| pod["metadata"]["name"].as_str());
+        Ok(name
+            .with_context(|| format!("there is no pod of {part} on {node}"))?
+            .to_owned())
+    }
+
+    /// Waits until every node's agent says that encryption is as wanted, with all others as peers.
+    pub fn wait_encrypted(&self) -> Result<()> {
+        for node in self.nodes() {
+            wait_until(INSTALL, &format!("{} encrypts to every peer", node.name), || {
+                let status = self.encrypt_status(&node.name)?;
+                ensure!(status.enabled, "{:?}", status.mismatches);
+                let peers = status.peers.len();
+                ensure!(peers == self.nodes().len() - 1, "{peers} peers");
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     fn helm(&self, verb: &str, set: &[&str]) -> Result<()> {

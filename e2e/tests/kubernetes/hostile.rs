@@ -1,0 +1,133 @@
+//! What keyd and the API server must refuse.
+
+use std::fs;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::json;
+use warren_e2e::{
+    cluster::hello::Heard,
+    lab::{net::node_address, wait::wait_until},
+};
+
+use crate::scene::{PATIENCE, Scene, answers};
+
+/// What agents' tokens are for.
+const AUDIENCE: &str = "keyd.warren.dev";
+
+/// Says Hello with a token, as a node, to the keyd that leads.
+fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
+    let folder = scene.cluster.folder().join("hostile");
+    fs::create_dir_all(&folder)?;
+    let trust = scene.cluster.get(["configmap", "warren-trust", "-n", "kube-system"])?;
+    let (ca, file) = (folder.join("ca.crt"), folder.join("token"));
+    fs::write(&ca, trust["data"]["ca.crt"].as_str().context("warren-trust has no ca.crt")?)?;
+    fs::write(&file, token)?;
+    let tool = scene.cluster.folder().join("bin/warren-cluster");
+    let mut keyd = format!("{}:4250", node_address(1).v4);
+    for _ in 0..3 {
+        let command = [
+            tool.display().to_string(),
+            "hello".into(),
+            "--keyd".into(),
+            keyd.clone(),
+            "--ca".into(),
+            ca.display().to_string(),
+            "--token-file".into(),
+            file.display().to_string(),
+            "--node".into(),
+            node.into(),
+        ];
+        let text = wait_until(PATIENCE, "a keyd answers", || scene.cluster.control_place().run(&command))?;
+        match serde_json::from_str(&text)? {
+            Heard::Redirect(leaders) => keyd = leaders.into_iter().next().context("a redirect to nowhere")?,
+            heard => return Ok(heard),
+        }
+    }
+    bail!("the keyds send us in a circle")
+}
+
+fn refused(scene: &Scene, token: &str, node: &str, why: &str) -> Result<()> {
+    match hello(scene, token, node)? {
+        Heard::Refused(reason) => {
+            ensure!(!reason.trim().is_empty(), "{why}: refused without a reason");
+            println!("  {why}: {reason}");
+            Ok(())
+        }
+        other => bail!("{why}: keyd answered {other:?}"),
+    }
+}
+
+/// A token of the API server.
+fn token(scene: &Scene, account: &str, audience: &str, pod: Option<&str>) -> Result<String> {
+    let mut arguments = vec!["-n", "kube-system", "create", "token", account, "--audience", audience];
+    if let Some(pod) = pod {
+        arguments.extend(["--bound-object-kind", "Pod", "--bound-object-name", pod]);
+    }
+    Ok(scene.cluster.kubectl(arguments)?.trim().to_owned())
+}
+
+pub(crate) fn tokens(scene: &mut Scene) -> Result<()> {
+    let agent = scene.cluster.pod_on("mesh-agent", "node1")?;
+    // The same way with a good token is accepted: the refusals below are for their reasons.
+    let good = token(scene, "mesh-agent", AUDIENCE, Some(&agent))?;
+    let heard = hello(scene, &good, "node1")?;
+    ensure!(matches!(heard, Heard::Welcome(_)), "a good token: {heard:?}");
+
+    refused(scene, "", "node1", "no token")?;
+    refused(scene, "nonsense", "node1", "no token at all")?;
+    refused(scene, &token(scene, "mesh-agent", "https://kubernetes.default.svc.cluster.local", Some(&agent))?, "node1", "wrong audience")?;
+    refused(scene, &token(scene, "mesh-agent", AUDIENCE, None)?, "node1", "no node claim")?;
+    refused(scene, &good, "node2", "another node's name")?;
+    let keyd = scene.cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
+    let keyd = keyd["items"][0]["metadata"]["name"].as_str().context("no keyd")?.to_owned();
+    refused(scene, &token(scene, "keyd", AUDIENCE, Some(&keyd))?, "node1", "another service account")?;
+
+    // Nobody else noticed.
+    scene.cluster.wait_encrypted()?;
+    answers(&scene.pods[0], &scene.pods[1])
+}
+
+pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
+    let cluster = &scene.cluster;
+    for verb in ["get", "list", "create", "update"] {
+        for resource in ["meshnodes.warren.dev", "nodes", "pods", "secrets"] {
+            let who = "--as=system:serviceaccount:kube-system:mesh-agent";
+            let output = cluster.kubectl_output(["auth", "can-i", verb, resource, "-n", "kube-system", who])?;
+            ensure!(!output.status.success(), "an agent may {verb} {resource}");
+        }
+    }
+    // Somebody who may write objects in general.
+    let who = "system:serviceaccount:default:editor";
+    cluster.apply(&[
+        json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "editor"},
+            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+            "subjects": [{"kind": "ServiceAccount", "name": "editor", "namespace": "default"}],
+        }),
+    ])?;
+    let patch = r#"{"metadata":{"annotations":{"touched":"yes"}}}"#;
+    wait_until(PATIENCE, "the admission policy refuses it", || {
+        let output = cluster.kubectl_output(["patch", "meshnode", "node1", "--type=merge", "-p", patch, "--as", who])?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && said.contains("only keyd writes"), "{said}");
+        Ok(())
+    })?;
+    cluster.kubectl(["delete", "clusterrolebinding", "editor"]).map(drop)
+}
+
+pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {
+    let agent = scene.cluster.pod_on("mesh-agent", "node3")?;
+    let token = token(scene, "mesh-agent", AUDIENCE, Some(&agent))?;
+    let heard = hello(scene, &token, "node3")?;
+    ensure!(matches!(heard, Heard::Welcome(_)), "before: {heard:?}");
+    scene.cluster.kubectl(["delete", "node", "node3"])?;
+    for node in ["node1", "node2"] {
+        wait_until(PATIENCE, &format!("{node} has forgotten node3"), || {
+            let peers = scene.cluster.encrypt_status(node)?.peers.len();
+            ensure!(peers == 1, "{peers} peers");
+            Ok(())
+        })?;
+    }
+    refused(scene, &token, "node3", "a deleted node")?;
+    answers(&scene.pods[0], &scene.pods[1])
+}
