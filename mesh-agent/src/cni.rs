@@ -151,6 +151,8 @@ pub(crate) fn settle(runner: &mut Runner) {
     for waiting in std::mem::take(&mut runner.waiting) {
         if runner.agent.endpoint_ready(waiting.index) {
             let _ = waiting.reply.send(Response::Done);
+        } else if runner.agent.endpoints().get(waiting.index).is_none() {
+            let _ = waiting.reply.send(refuse("the pod's device is gone", false));
         } else if Instant::now() >= waiting.deadline {
             let why = runner.agent.failing().into_iter().next();
             let why = why.unwrap_or_else(|| "it took too long".into());

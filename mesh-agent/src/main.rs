@@ -20,6 +20,10 @@ use clap::Parser as _;
 fn main() -> ExitCode {
     let arguments = cli::Cli::parse();
     arguments.init_logging();
+    // Private keys must not end up in a core dump, nor be read by a debugger without privileges.
+    if let Err(error) = nix::sys::prctl::set_dumpable(false) {
+        tracing::warn!(%error, "core dumps cannot be switched off");
+    }
     match arguments.command {
         cli::Command::Run(options) => runner::main(options),
         cli::Command::Tunnel(options) => tunnel::main(&options),

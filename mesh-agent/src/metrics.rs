@@ -9,7 +9,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
 use axum::{Router, extract::State, http::StatusCode, routing::get};
 use prometheus_client::{
     encoding::text::encode,
@@ -20,6 +19,9 @@ use warren_agent_api::{AgentStatus, EncryptStatus};
 
 /// A loop that has not come round for this long is stuck.
 const STUCK: Duration = Duration::from_secs(60);
+
+/// The pause before a port that is taken is tried again.
+const RETRY: Duration = Duration::from_secs(10);
 
 type Labels = Vec<(&'static str, String)>;
 
@@ -66,22 +68,24 @@ impl Health {
     }
 }
 
-/// Serves until the agent ends.
-pub(crate) async fn serve(address: SocketAddr, health: Arc<Health>) -> Result<()> {
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot serve metrics at {address}: name another --metrics"))?;
+/// Serves until the agent ends. A port that is taken is no reason to leave a node without an agent: it is said, and
+/// tried again.
+pub(crate) async fn serve(address: SocketAddr, health: Arc<Health>) {
     let router = Router::new()
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .with_state(health);
-    tokio::spawn(async move {
-        if let Err(error) = axum::serve(listener, router).await {
-            tracing::error!(%error, "metrics are no longer served");
+    loop {
+        let served = match tokio::net::TcpListener::bind(address).await {
+            Ok(listener) => axum::serve(listener, router.clone()).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
+            tracing::error!(%address, %error, "metrics cannot be served: name another address with --metrics");
         }
-    });
-    Ok(())
+        tokio::time::sleep(RETRY).await;
+    }
 }
 
 async fn healthz(State(health): State<Arc<Health>>) -> (StatusCode, &'static str) {

@@ -28,7 +28,7 @@ use crate::{
     files::{SavedEndpoints, StateDir, make_private_dir},
     keyd::{self, FromKeyd, OwnKey, Refused, ToKeyd},
     machine::Machine,
-    metrics::Health,
+    metrics::{self, Health},
     server, status, tunnel,
 };
 
@@ -174,7 +174,7 @@ async fn run(config: Config) -> Result<()> {
         tunnel::supervise(&config.options, inputs.clone());
     }
     server::listen(&config.options.run_dir.join("agent.sock"), inputs.clone())?;
-    crate::metrics::serve(config.options.metrics, health).await?;
+    tokio::spawn(metrics::serve(config.options.metrics, health));
     let client = keyd::Client {
         config,
         state,

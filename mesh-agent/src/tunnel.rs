@@ -9,7 +9,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use tokio::{io::AsyncReadExt as _, net::UnixStream, sync::mpsc};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    sync::mpsc,
+};
 use warren_wireguard::{
     Userspace,
     engine::{self, EngineConfig},
@@ -23,6 +27,8 @@ use crate::{
 
 /// How often a tunnel that is not there yet is asked for.
 const POLL: Duration = Duration::from_millis(50);
+/// How often the connection that watches the tunnel says something.
+const KEEP_OPEN: Duration = Duration::from_secs(10);
 /// How long a started tunnel may take to answer before another one is started.
 const START_TIME: Duration = Duration::from_secs(5);
 
@@ -129,6 +135,17 @@ async fn ended(run_dir: &Path) {
     let Ok(mut stream) = UnixStream::connect(run_dir.join(engine::ENGINE_SOCKET)).await else {
         return;
     };
-    let mut nothing = [0; 64];
-    while matches!(stream.read(&mut nothing).await, Ok(1..)) {}
+    let mut answer = [0; 256];
+    loop {
+        match tokio::time::timeout(KEEP_OPEN, stream.read(&mut answer)).await {
+            Ok(Ok(1..)) => {}
+            Ok(Ok(0) | Err(_)) => return,
+            // The engine closes connections that say nothing.
+            Err(_) => {
+                if stream.write_all(b"ping\n").await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
 }

@@ -324,6 +324,11 @@ impl Agent {
         self.retries.hurry();
     }
 
+    /// Whether a step failed when it was last tried.
+    pub fn has_failed(&self, step: &Action) -> bool {
+        self.retries.contains(&step.subject())
+    }
+
     /// When a step that failed is due again.
     pub fn next_retry(&self) -> Option<Duration> {
         self.retries.next()

@@ -46,6 +46,11 @@ impl Retries {
         );
     }
 
+    /// Whether a step failed since it last succeeded.
+    pub fn contains(&self, subject: &str) -> bool {
+        self.0.contains_key(subject)
+    }
+
     /// Whether a step may be tried at `now`.
     pub fn due(&self, subject: &str, now: Duration) -> bool {
         self.0

@@ -141,7 +141,10 @@ impl Client {
                 }
                 End::Redirect(_) => {
                     if self
-                        .pause(&mut failures, format!("keyd at {address} knows no leader"))
+                        .pause(
+                            &mut failures,
+                            format!("keyd at {address} is a follower, and no leader answers"),
+                        )
                         .await
                         .is_none()
                     {

@@ -67,7 +67,11 @@ impl Machine {
             for (step, result) in now.into_iter().zip(results) {
                 match &result {
                     Ok(()) => tracing::debug!(%step, "done"),
-                    Err(reason) => tracing::warn!(%step, %reason, "failed, is tried again"),
+                    // Some things take a moment, such as the tunnel process at the start.
+                    Err(reason) if !agent.has_failed(step) => {
+                        tracing::info!(%step, %reason, "not yet possible")
+                    }
+                    Err(reason) => tracing::warn!(%step, %reason, "failed again"),
                 }
                 agent.report(step, result, clock());
             }
@@ -352,11 +356,7 @@ impl Machine {
             txqueuelen: Some(QUEUE),
             ..quiet()
         };
-        self.configure(slot, config).await?;
-        if let WireGuard::Userspace(driver) = &self.wireguard {
-            driver.attach(&name).await.map_err(|error| error.to_string())?;
-        }
-        Ok(())
+        self.configure(slot, config).await
     }
 
     async fn ensure(&self, name: &str) -> Result<u32, warren_net::Error> {

@@ -292,6 +292,21 @@ impl Node {
         }
     }
 
+    /// Kills the tunnel process of this node.
+    pub(crate) fn kill_tunnel(&self) {
+        let pids = run(&format!("ip netns pids {}", self.netns));
+        let is_tunnel = |pid: &&str| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|b| *b == 0).any(|w| w == b"tunnel"))
+        };
+        let pid = pids
+            .lines()
+            .map(str::trim)
+            .find(is_tunnel)
+            .expect("a tunnel process");
+        run(&format!("kill -9 {pid}"));
+    }
+
     fn stop_all(&mut self) {
         if let Some(mut child) = self.agent.take() {
             let _ = child.kill();
@@ -308,10 +323,11 @@ impl Node {
         }
     }
 
-    /// A pod as the `ptp` plugin would make it, without telling the agent.
+    /// A pod as the `ptp` plugin would make it, without telling the agent. Pods of one number have the same
+    /// addresses; the newest has the routes.
     pub(crate) fn wire_pod(&mut self, number: u8) -> Pod {
-        let (node, n) = (&self.netns, self.number);
-        let (netns, host) = (format!("{node}p{number}"), format!("veth{number}"));
+        let (node, n, count) = (&self.netns, self.number, self.pods.len());
+        let (netns, host) = (format!("{node}p{count}"), format!("veth{count}"));
         let (v4, v6) = (
             format!("10.244.{n}.{number}"),
             format!("fd00:10:244:{n}::{number}"),
@@ -330,7 +346,9 @@ impl Node {
             run(&format!(
                 "ip -n {node} addr add {gateway}/{length} dev {host} nodad"
             ));
-            run(&format!("ip -n {node} route add {address}/{length} dev {host}"));
+            run(&format!(
+                "ip -n {node} route replace {address}/{length} dev {host}"
+            ));
             run(&format!(
                 "ip -n {netns} addr add {address}/{length} dev eth0 nodad"
             ));
