@@ -443,3 +443,31 @@ fn a_forward_policy_of_nft_is_overcome() {
         assert_eq!(node.net.forward_policy().await.expect("policy"), blocks);
     });
 }
+
+#[test]
+fn a_forward_policy_of_legacy_iptables_is_overcome() {
+    in_namespace(async || {
+        let node = Node::new().await;
+        Node::route_remote_pods("warren0");
+        for tool in ["iptables-legacy", "ip6tables-legacy"] {
+            run(tool, &["-P", "FORWARD", "DROP"]);
+        }
+        let blocks = node.net.allow_forward().await.expect("allow");
+        let legacy = |block: &warren_net::ForwardBlock| block.tool == ForwardTool::IptablesLegacy;
+        assert!(blocks.len() == 2 && blocks.iter().all(legacy), "{blocks:?}");
+        for (from, to, address) in &sockets(&node.pod, &node.tunnel) {
+            source(from, to, address);
+        }
+        assert_eq!(
+            node.net.allow_forward().await.expect("allow"),
+            [],
+            "the second time changes nothing"
+        );
+        node.net.revoke_forward().await.expect("revoke");
+        assert_eq!(
+            run("iptables-legacy", &["-S", "FORWARD"]).trim(),
+            "-P FORWARD DROP"
+        );
+        assert_eq!(node.net.forward_policy().await.expect("policy"), blocks);
+    });
+}

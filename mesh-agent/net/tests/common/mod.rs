@@ -80,16 +80,18 @@ impl Namespace {
         self.run(|| udp(address))
     }
 
-    /// Moves a device of the calling thread's namespace in here.
-    pub fn take(&self, device: &str) {
-        let tid = self
-            .path
+    /// Id of the thread that holds the namespace, by which `ip` finds it.
+    pub fn tid(&self) -> &str {
+        self.path
             .iter()
             .nth(4)
+            .and_then(|part| part.to_str())
             .expect("path of a thread")
-            .to_str()
-            .expect("a number");
-        ip(&format!("link set {device} netns {tid}"));
+    }
+
+    /// Moves a device of the calling thread's namespace in here.
+    pub fn take(&self, device: &str) {
+        ip(&format!("link set {device} netns {}", self.tid()));
     }
 }
 
