@@ -92,6 +92,16 @@ fn linker() -> Result<PathBuf, String> {
         .ok_or_else(|| format!("{LINKER} was not found in PATH or ~/.cache/warren/bpf-linker/bin"))
 }
 
+/// A target directory of its own, as the outer cargo holds the lock of the usual one; but inside that, so that
+/// check, clippy, test and release share one build of the programs. `OUT_DIR` is
+/// `<target>/<profile>/build/<package>/out`.
+fn target_directory(out: &Path) -> PathBuf {
+    match out.ancestors().nth(2) {
+        Some(build) if build.ends_with("build") => out.ancestors().nth(4).unwrap_or(out).join("ebpf"),
+        _ => out.join("ebpf"),
+    }
+}
+
 /// A way to run cargo and rustc.
 struct Toolchain {
     name: String,
@@ -205,8 +215,7 @@ fn clean(words: &[PathBuf]) -> Command {
 
 impl Toolchain {
     fn build(&self, bpf: &Path, out: &Path, linker: &Path, target: &str) -> Result<PathBuf, String> {
-        // A directory of its own: the outer cargo holds the lock of the usual one.
-        let target_dir = out.join("ebpf");
+        let target_dir = target_directory(out);
         let architecture = env::var("CARGO_CFG_TARGET_ARCH").map_err(|error| error.to_string())?;
         let flags = [
             format!("--cfg=bpf_target_arch=\"{architecture}\""),
