@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
+use crate::policy::PolicyCommand;
+
 /// Shows how the encrypted mesh of a Kubernetes cluster is doing.
 ///
 /// Every command exits with 0 when all is well, 1 when something is wrong, and 2 when the command line is.
@@ -51,6 +53,9 @@ pub(crate) enum Command {
     /// Encryption between the nodes.
     #[command(subcommand)]
     Encrypt(EncryptCommand),
+    /// Network policies.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Are all parts of Warren up?
     ///
     /// Lists keyd, the agents and the tunnels with what is wanted, ready and available, the pods they manage and the

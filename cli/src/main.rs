@@ -8,6 +8,8 @@ mod components;
 mod encrypt;
 mod kubernetes;
 mod output;
+mod policy;
+mod policy_yaml;
 mod source;
 mod status;
 mod version;
@@ -26,6 +28,7 @@ async fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Encrypt(EncryptCommand::Status(options)) => encrypt::run(&cli.target, options).await,
+        Command::Policy(command) => policy::run(command),
         Command::Status(options) => status::run(&cli.target, options).await,
         Command::Version(options) => version::run(&cli.target, options).await,
         Command::Completion { shell } => {
