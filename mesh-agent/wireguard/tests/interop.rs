@@ -39,8 +39,10 @@ fn interoperates(other: Engine, outer_v6: bool) -> Result<()> {
     }
     for node in [ours, theirs] {
         let seconds: u64 = node.get("last_handshake_time_sec")?.unwrap_or_default().parse()?;
+        // boringtun-cli prints how long ago it was.
+        let least = if node.number == 1 { 1_600_000_000 } else { 1 };
         ensure!(
-            seconds > 1_600_000_000,
+            seconds >= least,
             "node {}: last handshake at {seconds}",
             node.number
         );
