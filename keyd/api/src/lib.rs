@@ -15,7 +15,7 @@ pub mod tls;
 pub mod token;
 
 /// Generated from `proto/keyd.proto`.
-#[expect(missing_docs, reason = "generated code")]
+#[expect(missing_docs, clippy::allow_attributes, reason = "generated code")]
 pub mod proto {
     tonic::include_proto!("warren.keyd.v1alpha1");
 }
