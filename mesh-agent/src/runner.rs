@@ -331,7 +331,7 @@ impl Runner {
                 self.agent.retry_now();
                 self.dirty = true;
             }
-            Input::Keyd(event) => self.from_keyd(event),
+            Input::Keyd(event) => self.keyd_event(event),
             Input::Local(request, reply) => self.local(request, reply).await,
             Input::Identity(attachment, result, reply) => cni::identified(self, *attachment, result, reply),
             Input::Reported(pod, result) => self.reported(pod, result),
@@ -343,7 +343,7 @@ impl Runner {
         self.dirty = true;
     }
 
-    fn from_keyd(&mut self, event: FromKeyd) {
+    fn keyd_event(&mut self, event: FromKeyd) {
         match event {
             FromKeyd::Connected { address } => {
                 self.connected = Some(address);

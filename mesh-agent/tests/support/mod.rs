@@ -1,10 +1,6 @@
 //! Nodes and pods as network namespaces, agents as processes, a directory signed by the test itself. Everything
 //! has names of its own and is removed at the end, also after a panic.
-#![expect(
-    clippy::allow_attributes,
-    reason = "each test binary uses a part of this module"
-)]
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test binary uses a part of this module")]
 
 use std::{
     fs,

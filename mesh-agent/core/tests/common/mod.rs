@@ -1,15 +1,11 @@
 //! A model of the machine: what each step does to it.
-#![expect(
-    clippy::allow_attributes,
-    reason = "each test binary uses a part of this module"
-)]
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test binary uses a part of this module")]
 
 use std::net::IpAddr;
 
 use warren_agent_core::{
-    Action, Agent, Device, Directory, Link, LinkKind, Observed, Peer, Programs, Route, RouteKey, Settings,
-    Slot, State, Table, WireGuard,
+    Action, Agent, Device, Directory, Link, LinkKind, Observed, Programs, Route, RouteKey, Settings, Slot,
+    State, Table, WireGuard,
 };
 use warren_model::{ClusterConfig, Datapath, NodeRecord, PublicKey, SlotKey};
 
@@ -186,11 +182,7 @@ fn apply_device(state: &mut State, action: Action) {
             endpoint,
             keepalive,
         } => {
-            let found = device(state, slot)
-                .wireguard
-                .peers
-                .entry(peer)
-                .or_insert_with(Peer::default);
+            let found = device(state, slot).wireguard.peers.entry(peer).or_default();
             found.keepalive = keepalive;
             found.endpoint = endpoint.or(found.endpoint);
         }
