@@ -140,12 +140,13 @@ impl DropCounter {
             &format!("{least} drops on {} for one of {reasons:?}", node.name),
             || {
                 let now = node.drops()?;
+                // A counter whose table was deleted starts again.
                 let grown: BTreeMap<_, _> = now
                     .iter()
                     .map(|(reason, count)| {
                         (
                             reason.clone(),
-                            count - self.before.get(reason).copied().unwrap_or(0),
+                            count.saturating_sub(self.before.get(reason).copied().unwrap_or(0)),
                         )
                     })
                     .filter(|(_, count)| *count > 0)
