@@ -35,7 +35,10 @@ pub(crate) async fn status(output: Format, socket: &Path) -> anyhow::Result<()> 
         .map_err(|status| anyhow!("{}", status.message()))?
         .into_inner();
     match output {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&ClusterStatus::from(response))?),
+        Format::Json => println!(
+            "{}",
+            serde_json::to_string_pretty(&ClusterStatus::from(response))?
+        ),
         Format::Text => print!("{}", text(&response)),
     }
     Ok(())

@@ -13,6 +13,7 @@ use warren_model::{Datapath, NodeName, NodeUid};
 use crate::{
     clock,
     metrics::Metrics,
+    node_status::{Seen, Statuses},
     publisher::{Order, SessionHandle},
 };
 
@@ -20,6 +21,8 @@ use crate::{
 const BATCH: usize = 1024;
 /// The core wants to be asked about once a second.
 const TICK: Duration = Duration::from_millis(500);
+/// Statuses of MeshNodes are compared this often.
+const STATUS_EVERY: Duration = Duration::from_secs(5);
 
 /// An authenticated Hello.
 #[derive(Debug)]
@@ -79,6 +82,9 @@ pub(crate) struct Hub {
     store_problems: BTreeMap<String, String>,
     /// Of the term: objects that were not believed.
     load_problems: Vec<String>,
+    epoch: u64,
+    /// Only where objects have a status.
+    statuses: Option<(Statuses, tokio::time::Instant)>,
 }
 
 impl Hub {
@@ -87,8 +93,11 @@ impl Hub {
         orders: mpsc::UnboundedSender<Order>,
         metrics: Metrics,
         load_problems: Vec<String>,
+        (epoch, with_statuses): (u64, bool),
     ) -> Self {
         Self {
+            epoch,
+            statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
             orders,
             metrics,
@@ -125,6 +134,7 @@ impl Hub {
                 }
             }
             self.measure();
+            self.write_statuses();
         }
     }
 
@@ -204,7 +214,11 @@ impl Hub {
             | AgentEvent::EndpointAdd { session, .. }
             | AgentEvent::EndpointDelete { session, .. }
             | AgentEvent::Applied { session, .. } => *session,
-            AgentEvent::Disconnected(session) => return self.disconnected(*session),
+            AgentEvent::Disconnected(session) => {
+                // A publisher that is gone has forgotten everybody.
+                let _ = self.orders.send(Order::Forget(*session));
+                return self.disconnected(*session);
+            }
         };
         if let Some(agent) = self
             .agents
@@ -313,5 +327,33 @@ impl Hub {
                 problems: self.problems().len(),
             },
         );
+    }
+
+    fn write_statuses(&mut self) {
+        let Some((statuses, last)) = &mut self.statuses else {
+            return;
+        };
+        if last.elapsed() < STATUS_EVERY {
+            return;
+        }
+        *last = tokio::time::Instant::now();
+        let now = k8s_openapi::jiff::Timestamp::now();
+        statuses.retain(|node| self.core.node_uid(node).is_some());
+        for record in self.core.records() {
+            let Record::Node(node) = record else { continue };
+            let agent = self.agents.get(&node.name);
+            let status = agent.and_then(|agent| agent.status.as_ref());
+            let seen = Seen {
+                connected: agent.is_some_and(|agent| agent.session.is_some()),
+                has_key: !node.slots.is_empty(),
+                current: agent.is_some_and(|agent| agent.applied.0 == self.epoch),
+                agent_version: agent.map(|agent| agent.version.clone()).unwrap_or_default(),
+                problem: status.and_then(|status| status.problems.first().cloned()),
+            };
+            if let Some(status) = statuses.update(&node.name, &seen, now) {
+                // A publisher that is gone ends this task at its next output.
+                let _ = self.orders.send(Order::Status(node.name.clone(), status));
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ mod kubernetes;
 mod leader;
 mod listener;
 mod metrics;
+mod node_status;
 mod publisher;
 mod run;
 mod service;

@@ -127,6 +127,7 @@ pub(crate) async fn serve(
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen for metrics on {address} (--metrics)"))?;
+    tracing::info!(metrics = %listener.local_addr()?, "metrics and health");
     let registry = Arc::new(metrics.registry());
     let text = move || async move {
         let mut out = String::new();

@@ -15,6 +15,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
+use warren_crds::MeshNodeStatus;
 use warren_keyd_api::{
     convert::Record as WireRecord,
     proto::{
@@ -24,7 +25,7 @@ use warren_keyd_api::{
     snapshot::{EntrySet, chunks},
 };
 use warren_keyd_core::{AgentEvent, CatchUp, Change, Object, Output, Record, RecordKey, SessionId};
-use warren_model::{IdentityId, NodeUid};
+use warren_model::{IdentityId, NodeName, NodeUid};
 
 use crate::{
     clock, hub,
@@ -62,6 +63,10 @@ pub(crate) struct SessionHandle {
 pub(crate) enum Order {
     Register(SessionId, SessionHandle),
     Do(Output),
+    /// The agent has left.
+    Forget(SessionId),
+    /// What was last seen of a node. May get lost.
+    Status(NodeName, MeshNodeStatus),
 }
 
 /// What every version is signed with.
@@ -126,6 +131,18 @@ impl Publisher {
                 Order::Do(Output::Persist(object)) => writes.push(object),
                 // Registering shows nothing to anybody: it need not wait for writes.
                 Order::Register(session, handle) => drop(self.waiting.insert(session, handle)),
+                Order::Forget(session) => {
+                    self.sessions.remove(&session);
+                    self.waiting.remove(&session);
+                }
+                Order::Status(node, status) => {
+                    let store = self.term.store.clone();
+                    tokio::spawn(async move {
+                        if let Err(error) = store.status(node.as_str(), &status).await {
+                            tracing::warn!(%node, "cannot write the status of MeshNode: {error:#}");
+                        }
+                    });
+                }
                 Order::Do(output) => {
                     self.write(std::mem::take(&mut writes)).await;
                     self.send(output);

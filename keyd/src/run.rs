@@ -144,11 +144,12 @@ pub(crate) fn begin_term(
     for problem in &loaded.problems {
         tracing::warn!("{problem}");
     }
+    let hub_terms = (term.epoch, settings.mode == Mode::Kubernetes);
     let core = Core::new(settings, loaded.recovered, clock::monotonic_ms());
     let (hub, commands) = mpsc::channel(HUB_QUEUE);
     let (orders, ordered) = mpsc::unbounded_channel();
     let publisher = Publisher::new(term, &hub);
-    let index = Hub::new(core, orders, metrics.clone(), loaded.problems);
+    let index = Hub::new(core, orders, metrics.clone(), loaded.problems, hub_terms);
     TermTasks {
         hub,
         tasks: [

@@ -38,8 +38,12 @@ type Out = mpsc::Sender<Result<KeydMessage, Status>>;
 
 /// Why a stream ends from our side.
 enum End {
-    /// The agent left, or the term ended.
+    /// The agent left.
     Gone,
+    /// The publisher has ended the stream; what it queued last (Goodbye) still goes out.
+    Closed,
+    /// What the agent sent is not gRPC of ours, or its connection broke.
+    Broken(Status),
     /// A sentence for the agent.
     Refused(Status),
     /// The leader is elsewhere.
@@ -75,7 +79,8 @@ impl Session {
     /// Runs the stream to its end.
     pub(crate) async fn run(self, inbound: Streaming<AgentMessage>) {
         let last = match self.serve(inbound).await {
-            End::Gone => return,
+            End::Gone | End::Closed => return,
+            End::Broken(status) => Err(status),
             End::Refused(status) => {
                 self.service.metrics.refused_authentications.inc();
                 tracing::warn!("agent refused: {}", status.message());
@@ -166,8 +171,8 @@ impl Session {
             .hub
             .send(Command::Agent(AgentEvent::Disconnected(session)))
             .await;
-        if matches!(end, End::Gone) {
-            // The last queued messages (Goodbye) still go out; the writer has its own time limit.
+        if matches!(end, End::Closed) {
+            // The writer has its own time limit.
             let _ = writer.await;
         } else {
             writer.abort();
@@ -240,7 +245,7 @@ impl Reader<'_> {
                 }
             };
             let received = tokio::select! {
-                _ = &mut closed => return End::Gone,
+                _ = &mut closed => return End::Closed,
                 () = expired => {
                     return End::Goodbye(Goodbye { reason: "the agent's token has expired".into(), retry: true });
                 }
@@ -257,7 +262,7 @@ impl Reader<'_> {
                 Ok(None) => return End::Gone,
                 Err(status) => {
                     tracing::debug!(node = %self.caller.node, "stream broke: {}", status.message());
-                    return End::Gone;
+                    return End::Broken(status);
                 }
             };
             if let Some(end) = self.take(body).await {

@@ -315,7 +315,15 @@ struct Head {
     #[serde(default)]
     kind: String,
     #[serde(default)]
+    metadata: HeadMetadata,
+    #[serde(default)]
     items: Vec<serde_json::Value>,
+}
+
+#[derive(Default, Deserialize)]
+struct HeadMetadata {
+    #[serde(default)]
+    name: String,
 }
 
 /// A fault with its line in the document, from 1.
@@ -336,6 +344,10 @@ fn parse_document(file: &str, document: &str) -> Result<Vec<Object>, LineFault> 
             .into_iter()
             .flatten()
             .collect());
+    }
+    // Also for kinds that are not ours: a document that ends early has lost its name or its kind's last letters.
+    if head.metadata.name.is_empty() {
+        return Err((1, format!("{} has no metadata.name", head.kind)));
     }
     let named = |fault: String| (1, format!("{} is malformed: {fault}", head.kind));
     let derive = |name: &str| derived_uid(name, file);

@@ -1,6 +1,14 @@
 //! `apply(event)`, expect outputs.
 
-use warren_model::ClusterConfig;
+use warren_model::{ClusterConfig, Datapath, IdentityId, NodeName, PodRef, PrefixSource, PublicKey, SlotKey};
+
+use super::*;
+use crate::{
+    event::{Namespace, Node, Pod},
+    stored::{Recovered, Revoked},
+};
+
+mod properties;
 
 pub(crate) fn config() -> ClusterConfig {
     ClusterConfig {
@@ -21,4 +29,793 @@ pub(crate) fn config() -> ClusterConfig {
         mark_mask: 0x3f7f,
         snapshot_expiry_seconds: 86400,
     }
+}
+
+/// A core with a clock.
+pub(super) struct Index {
+    pub(super) core: Core,
+    pub(super) now: u64,
+    pub(super) stored: Recovered,
+    settings: Settings,
+}
+
+impl Index {
+    fn new(mode: Mode) -> Self {
+        Self::with(mode, PrefixSource::PodCidr)
+    }
+
+    pub(super) fn with(mode: Mode, prefix_source: PrefixSource) -> Self {
+        let settings = Settings::new(
+            ClusterConfig {
+                prefix_source,
+                ..config()
+            },
+            mode,
+            7,
+        );
+        let core = Core::new(settings.clone(), Recovered::default(), 0);
+        Self {
+            core,
+            now: 0,
+            stored: Recovered::default(),
+            settings,
+        }
+    }
+
+    fn synced(mode: Mode, nodes: u8) -> Self {
+        let mut index = Self::new(mode);
+        for n in 1..=nodes {
+            index.source(SourceEvent::NodeUpsert(node(n)));
+        }
+        index.source(SourceEvent::Synced);
+        index
+    }
+
+    pub(super) fn source(&mut self, event: SourceEvent) -> Vec<Output> {
+        self.core.handle(self.now, Event::Source(event));
+        self.poll()
+    }
+
+    pub(super) fn agent(&mut self, event: AgentEvent) -> Vec<Output> {
+        self.core.handle(self.now, Event::Agent(event));
+        self.poll()
+    }
+
+    /// Polls and keeps what is persisted, as a store would.
+    pub(super) fn poll(&mut self) -> Vec<Output> {
+        let outputs = self.core.poll(self.now);
+        for output in &outputs {
+            if let Output::Persist(object) = output {
+                self.store(object.clone());
+            }
+        }
+        outputs
+    }
+
+    fn store(&mut self, object: Object) {
+        let stored = &mut self.stored;
+        match object {
+            Object::Node(node) => {
+                stored.nodes.retain(|old| old.name != node.name);
+                stored.nodes.push(node);
+            }
+            Object::Identity(number, labels) => {
+                stored.identities.retain(|(old, _)| *old != number);
+                stored.identities.push((number, labels));
+            }
+            Object::IdentityDelete(number) => stored.identities.retain(|(old, _)| *old != number),
+            Object::Endpoint(endpoint) => {
+                stored.endpoints.retain(|old| old.pod != endpoint.pod);
+                stored.endpoints.push(endpoint);
+            }
+            Object::EndpointDelete(pod) => stored.endpoints.retain(|old| old.pod != pod),
+        }
+    }
+
+    /// keyd dies and comes back with what was stored; the source tells everything again.
+    pub(super) fn restart(&mut self) {
+        self.settings.epoch += 1;
+        self.core = Core::new(self.settings.clone(), self.stored.clone(), self.now);
+    }
+
+    fn connect(&mut self, n: u8) -> SessionId {
+        let session = SessionId(u64::from(n));
+        self.connect_as(session, n, (0, 0));
+        session
+    }
+
+    pub(super) fn connect_as(&mut self, session: SessionId, n: u8, resume: (u64, u64)) -> Vec<Output> {
+        let name = NodeName::from(format!("node{n}"));
+        let uid = self
+            .core
+            .node_uid(&name)
+            .cloned()
+            .unwrap_or_else(|| "none".into());
+        let datapath = Some(Datapath::Userspace);
+        self.agent(AgentEvent::Connected {
+            session,
+            node: name,
+            uid,
+            datapath,
+            resume,
+        })
+    }
+
+    pub(super) fn prove(&mut self, session: SessionId, key: u8) -> Result<(), String> {
+        let slot = slot(key);
+        let outputs = self.agent(AgentEvent::KeyProved { session, slot });
+        outputs
+            .into_iter()
+            .find_map(|output| match output {
+                Output::KeyResult { result, .. } => Some(result),
+                _ => None,
+            })
+            .expect("a key is always answered")
+    }
+
+    pub(super) fn add(
+        &mut self,
+        session: SessionId,
+        pod: &PodRef,
+        ip: &str,
+    ) -> Option<Result<u32, EndpointError>> {
+        let addresses = vec![ip.parse().unwrap()];
+        let outputs = self.agent(AgentEvent::EndpointAdd {
+            session,
+            request_id: 1,
+            pod: pod.clone(),
+            addresses,
+        });
+        reply(outputs)
+    }
+
+    fn applied(&mut self, session: SessionId) -> Vec<Output> {
+        let (epoch, version) = (self.settings.epoch, self.core.version());
+        self.agent(AgentEvent::Applied {
+            session,
+            epoch,
+            version,
+        })
+    }
+
+    fn workload(&self, ip: &str) -> Option<(String, String, u32)> {
+        let ip: std::net::IpAddr = ip.parse().unwrap();
+        self.core.records().find_map(|record| match record {
+            Record::Workload(workload) if workload.ip == ip => Some((
+                workload.pod.to_string(),
+                workload.node.to_string(),
+                workload.identity.0,
+            )),
+            _ => None,
+        })
+    }
+
+    fn node(&self, n: u8) -> Option<NodeRecord> {
+        self.core.records().find_map(|record| match record {
+            Record::Node(node) if node.name.as_str() == format!("node{n}") => Some(node.clone()),
+            _ => None,
+        })
+    }
+}
+
+pub(super) fn reply(outputs: Vec<Output>) -> Option<Result<u32, EndpointError>> {
+    outputs.into_iter().find_map(|output| match output {
+        Output::EndpointResult { result, .. } => Some(result.map(|identity| identity.0)),
+        _ => None,
+    })
+}
+
+pub(super) fn node(n: u8) -> Node {
+    Node {
+        name: format!("node{n}").into(),
+        uid: format!("uid{n}").into(),
+        uid_derived: false,
+        addresses: vec![std::net::IpAddr::from([172, 30, 0, n])],
+        pod_cidrs: vec![format!("10.244.{n}.0/24").parse().unwrap()],
+    }
+}
+
+fn slot(key: u8) -> SlotKey {
+    SlotKey {
+        slot: 0,
+        port: 51871,
+        generation: 1,
+        public_key: PublicKey::from_bytes([key; 32]).unwrap(),
+    }
+}
+
+pub(super) fn pod(name: &str, node: u8, ip: Option<&str>) -> Pod {
+    Pod {
+        namespace: "shop".into(),
+        name: name.into(),
+        uid: Some(format!("{name}-uid")),
+        node: Some(format!("node{node}").into()),
+        labels: [(
+            "app".to_owned(),
+            name.split('-').next().unwrap_or(name).to_owned(),
+        )]
+        .into(),
+        addresses: ip.into_iter().map(|ip| ip.parse().unwrap()).collect(),
+        ..Pod::default()
+    }
+}
+
+pub(super) fn pod_ref(name: &str) -> PodRef {
+    PodRef {
+        namespace: "shop".into(),
+        name: name.into(),
+        uid: format!("{name}-uid"),
+    }
+}
+
+fn closes(outputs: &[Output]) -> Vec<(u64, String)> {
+    let close = |output: &Output| match output {
+        Output::Close { session, reason, .. } => Some((session.0, reason.clone())),
+        _ => None,
+    };
+    outputs.iter().filter_map(close).collect()
+}
+
+#[test]
+fn nothing_is_published_before_the_source_is_complete() {
+    let mut index = Index::new(Mode::StandAlone);
+    assert_eq!(index.source(SourceEvent::NodeUpsert(node(1))), []);
+    assert_eq!(index.core.node_uid(&"node1".into()), None);
+    let outputs = index.source(SourceEvent::Synced);
+    assert!(matches!(
+        &outputs[..],
+        [
+            Output::Persist(Object::Node(_)),
+            Output::Publish { version: 1, .. }
+        ]
+    ));
+    assert_eq!(index.node(1).unwrap().prefixes, node(1).pod_cidrs);
+}
+
+#[test]
+fn an_object_is_persisted_before_it_is_published_and_before_the_answer() {
+    let mut index = Index::synced(Mode::StandAlone, 1);
+    let session = index.connect(1);
+    let outputs = index.agent(AgentEvent::KeyProved {
+        session,
+        slot: slot(9),
+    });
+    let [
+        Output::Persist(Object::Node(stored)),
+        Output::Publish { .. },
+        Output::KeyResult { result: Ok(()), .. },
+    ] = &outputs[..]
+    else {
+        panic!("{outputs:?}")
+    };
+    assert_eq!(stored.record.as_ref().unwrap().slots, [slot(9)]);
+}
+
+#[test]
+fn a_new_agent_gets_a_snapshot_a_known_one_what_it_lacks() {
+    let mut index = Index::synced(Mode::StandAlone, 2);
+    let outputs = index.connect_as(SessionId(1), 1, (0, 0));
+    assert!(
+        matches!(
+            outputs.last(),
+            Some(Output::CatchUp {
+                from: CatchUp::Snapshot,
+                ..
+            })
+        ),
+        "{outputs:?}"
+    );
+    let version = index.core.version();
+    index.prove(SessionId(1), 9).unwrap();
+    let outputs = index.connect_as(SessionId(2), 2, (7, version));
+    let Some(Output::CatchUp {
+        from: CatchUp::Increment(change),
+        ..
+    }) = outputs.last()
+    else {
+        panic!("{outputs:?}")
+    };
+    // node1's key, and node2's datapath, which its Hello has just told.
+    assert_eq!(change.upserts.len(), 2);
+    for resume in [(6, version), (7, version + 100)] {
+        let outputs = index.connect_as(SessionId(3), 2, resume);
+        assert!(
+            outputs.iter().any(|o| matches!(
+                o,
+                Output::CatchUp {
+                    from: CatchUp::Snapshot,
+                    ..
+                }
+            )),
+            "{resume:?}"
+        );
+    }
+}
+
+#[test]
+fn a_quiet_directory_is_signed_afresh() {
+    let mut index = Index::synced(Mode::StandAlone, 1);
+    index.now = 3_599_999;
+    assert_eq!(index.poll(), []);
+    index.now = 3_600_000;
+    let outputs = index.poll();
+    assert_eq!(
+        outputs,
+        [Output::Publish {
+            version: 2,
+            change: Default::default()
+        }]
+    );
+}
+
+#[test]
+fn streams_of_unknown_nodes_and_old_uids_are_refused() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    let connect = |node: &str, uid: &str| AgentEvent::Connected {
+        session: SessionId(9),
+        node: node.into(),
+        uid: uid.into(),
+        datapath: None,
+        resume: (0, 0),
+    };
+    for (node, uid) in [("node2", "uid2"), ("node1", "uid0"), ("node1", "")] {
+        let outputs = index.agent(connect(node, uid));
+        assert_eq!(closes(&outputs).len(), 1, "{node} {uid}: {outputs:?}");
+    }
+    assert_eq!(index.core.counters().refused_streams, 3);
+}
+
+#[test]
+fn a_node_registered_anew_loses_stream_and_key() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    let session = index.connect(1);
+    index.prove(session, 9).unwrap();
+    let anew = Node {
+        uid: "uid1b".into(),
+        ..node(1)
+    };
+    let outputs = index.source(SourceEvent::NodeUpsert(anew));
+    assert_eq!(closes(&outputs)[0].0, 1);
+    assert_eq!(index.node(1).unwrap().slots, []);
+    let session = index.connect(1);
+    assert!(index.prove(session, 9).unwrap_err().contains("revoked"));
+    index.prove(session, 10).unwrap();
+    let other = index.connect(2);
+    assert!(index.prove(other, 9).unwrap_err().contains("revoked"));
+}
+
+#[test]
+fn tombstones_survive_restarts_also_of_nodes_deleted_meanwhile() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    let session = index.connect(1);
+    index.prove(session, 9).unwrap();
+    index.restart();
+    // node1 is gone now; nobody saw it go.
+    index.source(SourceEvent::NodeUpsert(node(2)));
+    index.source(SourceEvent::Synced);
+    assert_eq!(index.node(1), None);
+    let tombstone = index
+        .stored
+        .nodes
+        .iter()
+        .find(|node| node.name.as_str() == "node1")
+        .unwrap();
+    let key = PublicKey::from_bytes([9; 32]).unwrap();
+    assert_eq!(tombstone.record, None);
+    assert_eq!(
+        tombstone.revoked,
+        [Revoked {
+            uid: "uid1".into(),
+            keys: vec![key]
+        }]
+    );
+    index.restart();
+    index.source(SourceEvent::NodeUpsert(node(2)));
+    index.source(SourceEvent::Synced);
+    let session = index.connect(2);
+    assert!(index.prove(session, 9).unwrap_err().contains("revoked"));
+    // The very UID of a dead node is not accepted again.
+    index.source(SourceEvent::NodeUpsert(node(1)));
+    assert_eq!(index.node(1), None);
+    assert!(
+        index
+            .core
+            .problems()
+            .iter()
+            .any(|problem| problem.contains("uid1")),
+        "{:?}",
+        index.core.problems()
+    );
+}
+
+#[test]
+fn keys_are_published_at_once_after_a_restart_and_nothing_is_rewritten() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    let session = index.connect(1);
+    index.prove(session, 9).unwrap();
+    let before = index.node(1).unwrap();
+    index.restart();
+    index.source(SourceEvent::NodeUpsert(node(1)));
+    index.source(SourceEvent::NodeUpsert(node(2)));
+    let outputs = index.source(SourceEvent::Synced);
+    assert!(
+        outputs.iter().all(|output| !matches!(output, Output::Persist(_))),
+        "{outputs:?}"
+    );
+    assert_eq!(index.node(1), Some(before));
+    let session = index.connect(2);
+    assert!(
+        index
+            .prove(session, 9)
+            .unwrap_err()
+            .contains("belongs to node node1")
+    );
+}
+
+#[test]
+fn derived_uids_count_incarnations() {
+    let mut index = Index::synced(Mode::StandAlone, 0);
+    let derived = Node {
+        uid_derived: true,
+        ..node(1)
+    };
+    index.source(SourceEvent::NodeUpsert(derived.clone()));
+    assert_eq!(index.core.node_uid(&"node1".into()).unwrap().as_str(), "uid1");
+    for incarnation in 1..=3 {
+        index.source(SourceEvent::NodeDelete("node1".into()));
+        index.source(SourceEvent::NodeUpsert(derived.clone()));
+        let uid = index.core.node_uid(&"node1".into()).unwrap().to_string();
+        assert_eq!(uid, format!("uid1-r{incarnation}"));
+        index.restart();
+        index.source(SourceEvent::NodeUpsert(derived.clone()));
+        index.source(SourceEvent::Synced);
+        assert_eq!(index.core.node_uid(&"node1".into()).unwrap().as_str(), uid);
+    }
+}
+
+#[test]
+fn replaced_keys_do_not_come_back_and_endless_replacing_is_stopped() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    let session = index.connect(1);
+    index.prove(session, 9).unwrap();
+    index.prove(session, 9).unwrap();
+    index.prove(session, 10).unwrap();
+    assert!(index.prove(session, 9).unwrap_err().contains("revoked"));
+    let refused = (11..100).find_map(|key| index.prove(session, key).err()).unwrap();
+    assert!(refused.contains("wait"), "{refused}");
+}
+
+#[test]
+fn nodes_without_pod_cidrs_or_addresses_are_problems_and_disturb_nobody() {
+    let mut index = Index::synced(Mode::StandAlone, 1);
+    let bare = Node {
+        pod_cidrs: vec![],
+        addresses: vec![],
+        ..node(2)
+    };
+    index.source(SourceEvent::NodeUpsert(bare));
+    let problems = index.core.problems();
+    assert_eq!(problems.len(), 2, "{problems:?}");
+    assert!(problems[0].contains("node2 has no podCIDRs"));
+    assert_eq!(index.node(1).unwrap().prefixes.len(), 1);
+}
+
+#[test]
+fn kubernetes_pods_get_identities_from_their_labels() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    index.source(SourceEvent::PodUpsert(pod("web-1", 1, Some("10.244.1.5"))));
+    index.source(SourceEvent::PodUpsert(pod("web-2", 2, Some("10.244.2.5"))));
+    index.source(SourceEvent::PodUpsert(pod("db-1", 2, Some("10.244.2.6"))));
+    let identity = |index: &Index, ip| index.workload(ip).unwrap().2;
+    assert_eq!(identity(&index, "10.244.1.5"), 256);
+    assert_eq!(identity(&index, "10.244.2.5"), 256);
+    assert_eq!(identity(&index, "10.244.2.6"), 257);
+    // New labels move the pod, a namespace's labels move all of its pods.
+    let mut changed = pod("web-2", 2, Some("10.244.2.5"));
+    changed.labels.insert("tier".into(), "front".into());
+    index.source(SourceEvent::PodUpsert(changed));
+    assert_eq!(identity(&index, "10.244.2.5"), 258);
+    let namespace = Namespace {
+        name: "shop".into(),
+        labels: [("team".into(), "a".into())].into(),
+    };
+    index.source(SourceEvent::NamespaceUpsert(namespace));
+    assert!(
+        ["10.244.1.5", "10.244.2.5", "10.244.2.6"]
+            .iter()
+            .all(|ip| identity(&index, ip) > 258)
+    );
+}
+
+#[test]
+fn host_network_mirror_and_finished_pods() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    let host = Pod {
+        host_network: true,
+        ..pod("host", 1, Some("10.244.1.5"))
+    };
+    let mirror = Pod {
+        mirror: true,
+        ..pod("mirror", 1, Some("10.244.1.6"))
+    };
+    let done = pod("done", 1, Some("10.244.1.7"));
+    for pod in [host, mirror, done.clone()] {
+        index.source(SourceEvent::PodUpsert(pod));
+    }
+    assert_eq!(index.workload("10.244.1.5"), None);
+    assert_eq!(index.workload("10.244.1.6").unwrap().2, IdentityId::UNMANAGED.0);
+    index.source(SourceEvent::PodUpsert(Pod {
+        finished: true,
+        ..done
+    }));
+    assert_eq!(index.workload("10.244.1.7"), None);
+}
+
+#[test]
+fn a_status_cannot_name_addresses_outside_the_nodes_prefixes() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    index.source(SourceEvent::PodUpsert(pod("web", 1, Some("10.244.1.5"))));
+    for ip in ["10.244.1.5", "10.244.1.9", "172.30.0.1", "8.8.8.8"] {
+        index.source(SourceEvent::PodUpsert(pod("liar", 2, Some(ip))));
+        assert!(
+            index
+                .core
+                .records()
+                .all(|record| !matches!(record, Record::Workload(w) if w.pod.name == "liar"))
+        );
+        assert_eq!(
+            index.core.problems().len(),
+            1,
+            "{ip}: {:?}",
+            index.core.problems()
+        );
+    }
+}
+
+#[test]
+fn an_add_needs_the_pod_its_uid_and_its_node() {
+    let mut index = Index::synced(Mode::Kubernetes, 2);
+    let (one, two) = (index.connect(1), index.connect(2));
+    let refused = |result: Option<Result<u32, EndpointError>>| result.unwrap().unwrap_err();
+    assert!(
+        refused(index.add(one, &pod_ref("web"), "10.244.1.5")).retry,
+        "not known yet"
+    );
+    index.source(SourceEvent::PodUpsert(pod("web", 1, None)));
+    assert!(
+        refused(index.add(two, &pod_ref("web"), "10.244.2.5"))
+            .message
+            .contains("node1")
+    );
+    let other = PodRef {
+        uid: "x".into(),
+        ..pod_ref("web")
+    };
+    assert!(
+        refused(index.add(one, &other, "10.244.1.5"))
+            .message
+            .contains("UID")
+    );
+    assert!(
+        refused(index.add(one, &pod_ref("web"), "10.244.2.5"))
+            .message
+            .contains("podCIDRs")
+    );
+    assert_eq!(index.add(one, &pod_ref("web"), "10.244.1.5"), Some(Ok(256)));
+    assert_eq!(
+        index.add(one, &pod_ref("web"), "10.244.1.5"),
+        Some(Ok(256)),
+        "again"
+    );
+    assert_eq!(index.core.counters().refused_endpoints, 4);
+    index.source(SourceEvent::PodUpsert(Pod {
+        host_network: true,
+        ..pod("host", 1, None)
+    }));
+    assert!(
+        refused(index.add(one, &pod_ref("host"), "10.244.1.6"))
+            .message
+            .contains("host's network")
+    );
+}
+
+#[test]
+fn stand_alone_pods_without_a_manifest_are_init_until_it_comes() {
+    let mut index = Index::synced(Mode::StandAlone, 2);
+    let one = index.connect(1);
+    let container = PodRef {
+        uid: "container-1".into(),
+        ..pod_ref("web")
+    };
+    assert_eq!(
+        index.add(one, &container, "10.244.1.5"),
+        Some(Ok(IdentityId::INIT.0))
+    );
+    index.source(SourceEvent::PodUpsert(Pod {
+        uid: None,
+        node: None,
+        ..pod("web", 1, None)
+    }));
+    assert_eq!(index.workload("10.244.1.5").unwrap().2, 256);
+    let (namespace, name) = ("shop".into(), "web".into());
+    index.source(SourceEvent::PodDelete { namespace, name });
+    assert_eq!(index.workload("10.244.1.5").unwrap().2, IdentityId::INIT.0);
+    // A second pod of that name elsewhere is refused, a manifest's place is binding.
+    let two = index.connect(2);
+    let copy = PodRef {
+        uid: "container-2".into(),
+        ..pod_ref("web")
+    };
+    assert!(
+        index
+            .add(two, &copy, "10.244.2.5")
+            .unwrap()
+            .unwrap_err()
+            .message
+            .contains("already runs")
+    );
+    index.source(SourceEvent::PodUpsert(pod("db", 1, None)));
+    assert!(index.add(two, &pod_ref("db"), "10.244.2.5").unwrap().is_err());
+}
+
+#[test]
+fn stand_alone_endpoints_survive_a_restart_and_end_with_their_node() {
+    let mut index = Index::synced(Mode::StandAlone, 2);
+    let one = index.connect(1);
+    index.add(one, &pod_ref("web"), "10.244.1.5").unwrap().unwrap();
+    index.restart();
+    for n in [1, 2] {
+        index.source(SourceEvent::NodeUpsert(node(n)));
+    }
+    index.source(SourceEvent::Synced);
+    assert_eq!(index.workload("10.244.1.5").unwrap().1, "node1");
+    index.source(SourceEvent::NodeDelete("node1".into()));
+    assert_eq!(index.workload("10.244.1.5"), None);
+    assert_eq!(index.stored.endpoints, []);
+}
+
+#[test]
+fn a_reused_address_waits_for_every_connected_agent() {
+    let mut index = Index::synced(Mode::StandAlone, 3);
+    let (one, two) = (index.connect(1), index.connect(2));
+    assert_eq!(index.add(one, &pod_ref("old"), "10.244.1.5"), Some(Ok(5)));
+    index.applied(one);
+    index.applied(two);
+    index.agent(AgentEvent::EndpointDelete {
+        session: one,
+        pod: pod_ref("old"),
+        addresses: vec![],
+    });
+    assert_eq!(index.workload("10.244.1.5"), None);
+    assert_eq!(
+        index.add(one, &pod_ref("new"), "10.244.1.5"),
+        None,
+        "nobody has acknowledged"
+    );
+    assert_eq!(reply(index.applied(one)), None, "one is missing");
+    assert_eq!(reply(index.applied(two)), Some(Ok(5)));
+    // Without a former owner nobody waits.
+    assert_eq!(index.add(one, &pod_ref("fresh"), "10.244.1.6"), Some(Ok(5)));
+}
+
+#[test]
+fn an_agent_that_never_acknowledges_stops_nobody_for_ever() {
+    let mut index = Index::synced(Mode::StandAlone, 2);
+    let (one, two) = (index.connect(1), index.connect(2));
+    let reuse = |index: &mut Index, old: &str, new: &str| {
+        index.applied(one);
+        let _ = index.add(one, &pod_ref(old), "10.244.1.5");
+        index.applied(one);
+        index.agent(AgentEvent::EndpointDelete {
+            session: one,
+            pod: pod_ref(old),
+            addresses: vec![],
+        });
+        index.applied(one);
+        index.add(one, &pod_ref(new), "10.244.1.5")
+    };
+    assert_eq!(reuse(&mut index, "a", "b"), None);
+    index.now += 10_000;
+    let outputs = index.poll();
+    assert_eq!(closes(&outputs)[0].0, two.0);
+    let error = reply(outputs).unwrap().unwrap_err();
+    assert!(error.retry);
+    // It comes back and is silent again: nobody waits any more, and it is named.
+    index.connect(2);
+    assert_eq!(index.add(one, &pod_ref("b"), "10.244.1.5"), Some(Ok(5)));
+    assert_eq!(reuse(&mut index, "b", "c"), Some(Ok(5)));
+    assert!(
+        index
+            .core
+            .problems()
+            .iter()
+            .any(|problem| problem.contains("node2 does not acknowledge"))
+    );
+    // Once it acknowledges again it counts again.
+    index.applied(two);
+    assert!(
+        index
+            .core
+            .problems()
+            .iter()
+            .all(|problem| !problem.contains("acknowledge"))
+    );
+}
+
+#[test]
+fn with_pod_ips_an_address_moves_between_nodes_with_its_prefix() {
+    let mut index = Index::with(Mode::StandAlone, PrefixSource::PodIp);
+    for n in [1, 2] {
+        index.source(SourceEvent::NodeUpsert(node(n)));
+    }
+    index.source(SourceEvent::Synced);
+    let (one, two) = (index.connect(1), index.connect(2));
+    let _ = index.add(one, &pod_ref("a"), "10.244.9.9");
+    assert_eq!(
+        index.node(1).unwrap().prefixes,
+        ["10.244.9.9/32".parse().unwrap()]
+    );
+    let error = index.add(two, &pod_ref("b"), "10.244.9.9").unwrap().unwrap_err();
+    assert!(error.retry && error.message.contains("living pod shop/a"));
+    index.agent(AgentEvent::EndpointDelete {
+        session: one,
+        pod: pod_ref("a"),
+        addresses: vec![],
+    });
+    assert_eq!(index.add(two, &pod_ref("b"), "10.244.9.9"), None);
+    assert_eq!(index.node(1).unwrap().prefixes, []);
+    assert_eq!(
+        index.node(2).unwrap().prefixes,
+        ["10.244.9.9/32".parse().unwrap()]
+    );
+    index.applied(one);
+    assert_eq!(reply(index.applied(two)), Some(Ok(5)));
+    for reserved in ["172.30.0.9", "10.96.0.9", "10.245.0.1"] {
+        assert!(
+            index.add(two, &pod_ref("c"), reserved).unwrap().is_err(),
+            "{reserved}"
+        );
+    }
+}
+
+#[test]
+fn a_released_address_stays_released_whatever_the_status_says() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    let one = index.connect(1);
+    index.source(SourceEvent::PodUpsert(pod("web", 1, Some("10.244.1.5"))));
+    index.agent(AgentEvent::EndpointDelete {
+        session: one,
+        pod: pod_ref("web"),
+        addresses: vec![],
+    });
+    index.source(SourceEvent::PodUpsert(pod("web", 1, Some("10.244.1.5"))));
+    assert_eq!(index.workload("10.244.1.5"), None);
+    // The next pod may have it; the sandbox's return takes it back only through an ADD.
+    index.source(SourceEvent::PodUpsert(pod("next", 1, Some("10.244.1.5"))));
+    assert_eq!(index.workload("10.244.1.5").unwrap().0, "shop/next");
+}
+
+#[test]
+fn a_pod_waits_for_an_address_until_its_owner_is_gone() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    index.source(SourceEvent::PodUpsert(pod("old", 1, Some("10.244.1.5"))));
+    index.source(SourceEvent::PodUpsert(pod("new", 1, Some("10.244.1.5"))));
+    assert_eq!(index.workload("10.244.1.5").unwrap().0, "shop/old");
+    assert_eq!(index.core.problems().len(), 1);
+    index.source(SourceEvent::PodDelete {
+        namespace: "shop".into(),
+        name: "old".into(),
+    });
+    assert_eq!(index.workload("10.244.1.5").unwrap().0, "shop/new");
+    assert_eq!(index.core.problems(), Vec::<String>::new());
+}
+
+#[test]
+fn epochs_grow_and_are_at_least_the_time() {
+    assert_eq!(crate::next_epoch(0, 1_700_000_000_000), 1_700_000_000_000);
+    assert_eq!(
+        crate::next_epoch(1_700_000_000_000, 1_600_000_000_000),
+        1_700_000_000_001
+    );
+    assert_eq!(crate::next_epoch(u64::MAX, 5), u64::MAX);
 }

@@ -1,0 +1,436 @@
+//! A real keyd process over real TLS on loopback, and agents of every kind.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tokio::time::timeout;
+use tonic::transport::Channel;
+use warren_keyd_api::{
+    PROTOCOL,
+    convert::address_to_bytes,
+    proof,
+    proto::{
+        Applied, CreateJoinTokenRequest, Datapath, EndpointAdd, EndpointDelete, EndpointResult, Hello,
+        KeyChallenge, KeyOffer, KeyProof, KeyResult, StatusRequest, StatusResponse,
+        agent_message::Body as Say, keyd_message::Body as Heard,
+    },
+    snapshot::{Directory, SnapshotRoot},
+    stream::AgentStream,
+    tls::{self, ClientIdentity, Enrolment, Trust},
+    token::JoinToken,
+};
+use warren_model::{PrivateKey, PublicKey};
+
+/// Longer than anything takes; reaching it is a failure.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+const CONFIG: &str = "\
+podPools: [10.244.0.0/16, 'fd00:10:244::/48']
+nodePools: [172.30.0.0/24]
+serviceCidrs: [10.96.0.0/16]
+";
+
+/// keyd with its folders; killed and removed at the end.
+pub(crate) struct Keyd {
+    child: Child,
+    pub(crate) dir: tempfile::TempDir,
+    pub(crate) address: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Keyd {
+    /// Starts keyd on a free port with these manifests.
+    pub(crate) fn start(manifests: &str) -> Self {
+        Self::start_with(manifests, "")
+    }
+
+    pub(crate) fn start_with(manifests: &str, config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("m")).unwrap();
+        fs::write(dir.path().join("cluster.yaml"), format!("{CONFIG}{config}")).unwrap();
+        fs::write(dir.path().join("m/cluster.yaml"), manifests).unwrap();
+        let (child, address, log) = spawn(dir.path());
+        Self {
+            child,
+            dir,
+            address,
+            log,
+        }
+    }
+
+    /// Kills keyd without warning and starts it again on the same state (and another port).
+    pub(crate) fn restart(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let (child, address, log) = spawn(self.dir.path());
+        self.child = child;
+        self.address = address;
+        self.log = log;
+    }
+
+    pub(crate) fn manifests(&self, text: &str) {
+        fs::write(self.dir.path().join("m/cluster.yaml"), text).unwrap();
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("keyd.sock")
+    }
+
+    pub(crate) async fn join_token(&self, node: &str, ttl_seconds: u64) -> JoinToken {
+        let request = CreateJoinTokenRequest {
+            node_name: node.into(),
+            ttl_seconds,
+        };
+        let mut admin = warren_keyd_api::admin::connect(&self.socket()).await.unwrap();
+        admin
+            .create_join_token(request)
+            .await
+            .unwrap()
+            .into_inner()
+            .token
+            .parse()
+            .unwrap()
+    }
+
+    pub(crate) async fn status(&self) -> StatusResponse {
+        let mut admin = warren_keyd_api::admin::connect(&self.socket()).await.unwrap();
+        admin.status(StatusRequest {}).await.unwrap().into_inner()
+    }
+
+    /// Waits until keyd's status is as wanted.
+    pub(crate) async fn status_where(
+        &self,
+        what: &str,
+        wanted: impl Fn(&StatusResponse) -> bool,
+    ) -> StatusResponse {
+        let mut last = None;
+        let found = timeout(PATIENCE, async {
+            loop {
+                let status = self.status().await;
+                if wanted(&status) {
+                    return status;
+                }
+                last = Some(status);
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        })
+        .await;
+        match found {
+            Ok(status) => status,
+            Err(_) => panic!(
+                "keyd never said: {what}; last status: {last:?}; log: {:#?}",
+                self.log()
+            ),
+        }
+    }
+
+    pub(crate) async fn enroll(&self, node: &str) -> Enrolment {
+        let token = self.join_token(node, 0).await;
+        tls::enroll(&self.address, &token).await.unwrap()
+    }
+
+    /// Enrols, connects and has the whole directory.
+    pub(crate) async fn agent(&self, node: &str) -> Agent {
+        let enrolment = self.enroll(node).await;
+        Agent::connect(&self.address, node, &enrolment).await
+    }
+
+    pub(crate) fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Keyd {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn spawn(dir: &Path) -> (Child, String, Arc<Mutex<Vec<String>>>) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_keyd"))
+        .arg("run")
+        .args([
+            "--source",
+            "manifests",
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics",
+            "127.0.0.1:0",
+        ])
+        .arg("--config")
+        .arg(dir.join("cluster.yaml"))
+        .arg("--manifests")
+        .arg(dir.join("m"))
+        .arg("--state-dir")
+        .arg(dir.join("state"))
+        .arg("--admin-socket")
+        .arg(dir.join("keyd.sock"))
+        .env("RUST_LOG", "info")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let mut early = vec![];
+    let address = loop {
+        let Some(Ok(line)) = lines.next() else {
+            panic!("keyd ended: {early:#?}")
+        };
+        let bound = line
+            .split("bound=")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next())
+            .map(str::to_owned);
+        early.push(line);
+        if let Some(bound) = bound {
+            break bound;
+        }
+    };
+    let log = Arc::new(Mutex::new(early));
+    let sink = log.clone();
+    std::thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            sink.lock().unwrap().push(line);
+        }
+    });
+    (child, address, log)
+}
+
+/// A Node manifest.
+pub(crate) fn node(n: u8) -> String {
+    node_with(n, &format!("10.244.{n}.0/24"), &format!("172.30.0.{n}"))
+}
+
+pub(crate) fn node_with(n: u8, cidr: &str, address: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Node\nmetadata: {{name: node{n}}}\nspec: {{podCIDRs: [\"{cidr}\"]}}\n\
+         status: {{addresses: [{{type: InternalIP, address: \"{address}\"}}]}}\n"
+    )
+}
+
+/// A Pod manifest in namespace `shop` with the label `app`.
+pub(crate) fn pod(name: &str, node: Option<&str>) -> String {
+    let place = node.map_or_else(String::new, |node| format!("nodeName: {node}, "));
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, labels: {{app: {name}}}}}\n\
+         spec: {{{place}containers: []}}\n"
+    )
+}
+
+/// What keyd's refusal says.
+pub(crate) type Refused = String;
+
+/// A channel with a client certificate.
+pub(crate) async fn channel(address: &str, enrolment: &Enrolment) -> Channel {
+    let trust = Trust::Ca(enrolment.ca_der.clone().into());
+    tls::connect(address, &trust, Some(&enrolment.identity))
+        .await
+        .unwrap()
+}
+
+pub(crate) fn hello(node: &str) -> Hello {
+    Hello {
+        protocol: PROTOCOL,
+        node_name: node.into(),
+        token: String::new(),
+        agent_version: "test".into(),
+        datapath: Datapath::Userspace.into(),
+        resume_epoch: 0,
+        resume_version: 0,
+    }
+}
+
+/// An agent on a stream; honest unless told otherwise.
+pub(crate) struct Agent {
+    pub(crate) stream: AgentStream,
+    pub(crate) directory: Directory,
+    pub(crate) uid: String,
+    /// Answers each update with Applied.
+    pub(crate) acknowledge: bool,
+    request_id: u64,
+}
+
+impl Agent {
+    pub(crate) async fn connect(address: &str, node: &str, enrolment: &Enrolment) -> Self {
+        Self::open(
+            channel(address, enrolment).await,
+            hello(node),
+            enrolment.snapshot_root,
+        )
+        .await
+        .unwrap()
+    }
+
+    /// Says this Hello; waits for the first update.
+    pub(crate) async fn open(channel: Channel, hello: Hello, root: SnapshotRoot) -> Result<Self, Refused> {
+        Self::open_on(channel, hello, Directory::new(root)).await
+    }
+
+    /// As [`Self::open`], on a directory that may hold something already.
+    pub(crate) async fn open_on(
+        channel: Channel,
+        hello: Hello,
+        directory: Directory,
+    ) -> Result<Self, Refused> {
+        let stream = AgentStream::open(channel, hello)
+            .await
+            .map_err(|status| status.message().to_owned())?;
+        let mut agent = Self {
+            stream,
+            directory,
+            uid: String::new(),
+            acknowledge: true,
+            request_id: 0,
+        };
+        match agent.next().await? {
+            Heard::Welcome(welcome) => agent.uid = welcome.node_uid,
+            other => panic!("expected Welcome, got {other:?}"),
+        }
+        match agent.next().await? {
+            Heard::Update(_) => Ok(agent),
+            other => panic!("expected Update, got {other:?}"),
+        }
+    }
+
+    /// The next message; updates are applied first. The end of the stream and refusals are errors.
+    pub(crate) async fn next(&mut self) -> Result<Heard, Refused> {
+        let heard = timeout(PATIENCE, self.stream.receive())
+            .await
+            .expect("keyd says nothing");
+        let body = heard
+            .map_err(|status| status.message().to_owned())?
+            .ok_or("the stream ended")?;
+        match &body {
+            Heard::Update(update) => {
+                if self
+                    .directory
+                    .apply(update.clone())
+                    .map_err(|error| error.to_string())?
+                    .is_some()
+                    && self.acknowledge
+                {
+                    let (epoch, version) = self.directory.position();
+                    self.stream.send(Say::Applied(Applied { epoch, version })).await;
+                }
+            }
+            Heard::Goodbye(goodbye) => return Err(goodbye.reason.clone()),
+            _ => {}
+        }
+        Ok(body)
+    }
+
+    /// Reads until a message is as wanted.
+    pub(crate) async fn until<T>(&mut self, wanted: impl Fn(Heard) -> Option<T>) -> Result<T, Refused> {
+        loop {
+            if let Some(found) = wanted(self.next().await?) {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// Reads updates until the directory is as wanted.
+    pub(crate) async fn until_directory(&mut self, wanted: impl Fn(&Directory) -> bool) {
+        while !wanted(&self.directory) {
+            self.next().await.unwrap();
+        }
+    }
+
+    pub(crate) async fn offer(
+        &mut self,
+        slot: u32,
+        generation: u64,
+        public_key: Vec<u8>,
+    ) -> Result<Heard, Refused> {
+        let offer = KeyOffer {
+            slot,
+            port: 51871 + slot.min(9),
+            generation,
+            public_key,
+        };
+        self.stream.send(Say::KeyOffer(offer)).await;
+        self.until(|heard| matches!(heard, Heard::KeyChallenge(_) | Heard::KeyResult(_)).then_some(heard))
+            .await
+    }
+
+    pub(crate) async fn challenge(&mut self, key: PublicKey) -> KeyChallenge {
+        match self.offer(0, 1, key.as_bytes().to_vec()).await.unwrap() {
+            Heard::KeyChallenge(challenge) => challenge,
+            other => panic!("expected a challenge, got {other:?}"),
+        }
+    }
+
+    pub(crate) async fn answer(&mut self, proof: KeyProof) -> KeyResult {
+        self.stream.send(Say::KeyProof(proof)).await;
+        let result = |heard| {
+            if let Heard::KeyResult(result) = heard {
+                Some(result)
+            } else {
+                None
+            }
+        };
+        self.until(result).await.unwrap()
+    }
+
+    /// Offers and proves a key of its own.
+    pub(crate) async fn prove(&mut self, private: &PrivateKey) -> KeyResult {
+        let challenge = self.challenge(proof::public_key(private)).await;
+        let uid = self.uid.as_str().into();
+        self.answer(proof::answer(&challenge, private, &uid, 1).unwrap())
+            .await
+    }
+
+    pub(crate) async fn send_add(&mut self, pod: &str, uid: &str, address: &str) -> u64 {
+        self.request_id += 1;
+        let addresses = vec![address_to_bytes(address.parse().unwrap())];
+        let (request_id, namespace) = (self.request_id, "shop".to_owned());
+        let add = EndpointAdd {
+            request_id,
+            namespace,
+            pod: pod.into(),
+            uid: uid.into(),
+            addresses,
+        };
+        self.stream.send(Say::EndpointAdd(add)).await;
+        request_id
+    }
+
+    pub(crate) async fn add(&mut self, pod: &str, uid: &str, address: &str) -> EndpointResult {
+        let id = self.send_add(pod, uid, address).await;
+        let result = |heard| match heard {
+            Heard::EndpointResult(result) if result.request_id == id => Some(result),
+            _ => None,
+        };
+        self.until(result).await.unwrap()
+    }
+
+    pub(crate) async fn delete(&mut self, pod: &str, uid: &str) {
+        let (namespace, pod, uid) = ("shop".to_owned(), pod.to_owned(), uid.to_owned());
+        self.stream
+            .send(Say::EndpointDelete(EndpointDelete {
+                namespace,
+                pod,
+                uid,
+                addresses: vec![],
+            }))
+            .await;
+    }
+}
+
+/// An identity of another cluster's CA.
+pub(crate) fn foreign_identity(node: &str, uid: &str) -> ClientIdentity {
+    let authority = tls::Authority::generate(1_800_000_000).unwrap();
+    let (key_der, csr) = tls::generate_client_key().unwrap();
+    let (certificate, _) = authority
+        .issue_client(&csr, &node.into(), &uid.into(), 1_800_000_000)
+        .unwrap();
+    ClientIdentity {
+        certificate_der: certificate.to_vec(),
+        key_der,
+    }
+}
