@@ -106,18 +106,28 @@ impl ClusterConfig {
         if self.node_pools.is_empty() {
             return Err("nodePools is empty: list the prefixes that nodes have their addresses in".into());
         }
-        for prefix in self.pod_pools.iter().chain(&self.node_pools).chain(&self.service_cidrs) {
+        for prefix in self
+            .pod_pools
+            .iter()
+            .chain(&self.node_pools)
+            .chain(&self.service_cidrs)
+        {
             if prefix.prefix_len() == 0 {
                 return Err(format!("{prefix} is a default route: name the real prefixes"));
             }
             if prefix.trunc() != *prefix {
-                return Err(format!("{prefix} has bits set after its length: write {}", prefix.trunc()));
+                return Err(format!(
+                    "{prefix} has bits set after its length: write {}",
+                    prefix.trunc()
+                ));
             }
         }
         for pod in &self.pod_pools {
             for other in self.node_pools.iter().chain(&self.service_cidrs) {
                 if pod.contains(other) || other.contains(pod) {
-                    return Err(format!("pod pool {pod} overlaps {other}: pods, nodes and services need disjoint prefixes"));
+                    return Err(format!(
+                        "pod pool {pod} overlaps {other}: pods, nodes and services need disjoint prefixes"
+                    ));
                 }
             }
         }
