@@ -225,7 +225,7 @@ fn without_a_private_key_nothing_is_sent() -> Result<()> {
     ensure!(a.get("private_key")?.is_none());
     let sent = a.get("tx_bytes")?;
     let flow = Flow::start(a, b, b.inner_v4(), 500, 100)?;
-    until("packets die for want of a key", || Ok(a.drops("no_key")? >= 50))?;
+    until("packets die for want of a key", || Ok(a.drops("no-key")? >= 50))?;
     let figures = flow.finish()?;
     ensure!(figures.lost == figures.sent, "{figures:?}");
     ensure!(a.get("tx_bytes")? == sent);
@@ -326,7 +326,7 @@ fn a_link_that_is_down_is_no_end() -> Result<()> {
     ping(a, b.inner_v4(), 56)?;
     let flow = Flow::start(a, b, b.inner_v4(), 500, 100)?;
     b.namespace.ip("link set warren0 down")?;
-    until("packets find the link down", || Ok(b.drops("device_down")? >= 50))?;
+    until("packets find the link down", || Ok(b.drops("device-down")? >= 50))?;
     b.namespace.ip("link set warren0 up")?;
     let before = flow.received();
     until("traffic again", || Ok(flow.received() > before + 50))?;

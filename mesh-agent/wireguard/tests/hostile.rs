@@ -79,11 +79,11 @@ fn garbage_and_truncated_messages_are_counted_and_change_nothing() -> Result<()>
         let mut drops = 0;
         for reason in [
             "malformed",
-            "unknown_index",
-            "unknown_peer",
-            "no_session",
-            "handshake_refused",
-            "not_authentic",
+            "unknown-index",
+            "unknown-peer",
+            "no-session",
+            "handshake-refused",
+            "not-authentic",
         ] {
             drops += target.drops(reason)?;
         }
@@ -228,7 +228,7 @@ fn replays_forgeries_and_roaming() -> Result<()> {
         "handshakes completed among forged ones"
     );
     for node in [a, b] {
-        for reason in ["replayed", "not_authentic", "malformed"] {
+        for reason in ["replayed", "not-authentic", "malformed"] {
             ensure!(
                 node.drops(reason)? > 0,
                 "node {}: no {reason}; {counts:?}",
@@ -288,7 +288,7 @@ fn a_flood_of_handshakes_is_answered_with_cookies_and_peers_get_through() -> Res
         Ok((cookies, answers))
     });
     until("the target is under load", || {
-        Ok(target.drops("under_load")? > 100)
+        Ok(target.drops("under-load")? > 100)
     })?;
     // A friend's new handshake needs a cookie, and gets one.
     let handshakes = target.handshakes()?;
@@ -301,7 +301,7 @@ fn a_flood_of_handshakes_is_answered_with_cookies_and_peers_get_through() -> Res
         "{cookies} cookies, {answers} other answers"
     );
     ensure!(
-        target.drops("unknown_peer")? > 0,
+        target.drops("unknown-peer")? > 0,
         "those below the limit are judged by their key"
     );
     let figures = flow.finish()?;

@@ -47,7 +47,7 @@ fn interoperates(other: Engine, outer_v6: bool) -> Result<()> {
             node.number
         );
     }
-    ensure!(ours.drops("not_authentic")? == 0 && ours.drops("source_not_owned")? == 0);
+    ensure!(ours.drops("not-authentic")? == 0 && ours.drops("source-not-owned")? == 0);
     rekeys(&lab)
 }
 

@@ -50,7 +50,7 @@ fn only_the_most_specific_owner_may_send_from_an_address() -> Result<()> {
         ping(wide, address, 56)?;
         ping(narrow, address, 56)?;
     }
-    ensure!(receiver.drops("source_not_owned")? == 0);
+    ensure!(receiver.drops("source-not-owned")? == 0);
 
     ensure!(
         spoof(wide, "10.77.0.1", receiver)? > 0,
@@ -62,18 +62,18 @@ fn only_the_most_specific_owner_may_send_from_an_address() -> Result<()> {
     );
     for (count, source) in [(1, "10.3.0.99"), (2, "fd00:3::99")] {
         ensure!(spoof(wide, source, receiver)? == 0, "{source} belongs to node 3");
-        let drops = receiver.drops("source_not_owned")?;
+        let drops = receiver.drops("source-not-owned")?;
         ensure!(drops >= count * 50, "{drops} drops were counted");
     }
     // Nobody owns this one.
-    let before = receiver.drops("source_not_owned")?;
+    let before = receiver.drops("source-not-owned")?;
     ensure!(spoof(narrow, "10.3.0.98", receiver)? > 0);
     receiver.must_set(&format!(
         "{}update_only=true\nallowed_ip=-10.0.0.0/8\n",
         peer_line(&wide.key)
     ))?;
     ensure!(spoof(wide, "10.77.0.1", receiver)? == 0);
-    ensure!(receiver.drops("source_not_owned")? >= before + 50);
+    ensure!(receiver.drops("source-not-owned")? >= before + 50);
 
     // The prefix moves: now it is the other way round.
     receiver.must_set(&format!("{}allowed_ip=10.3.0.0/16\n", peer_line(&wide.key)))?;

@@ -30,10 +30,10 @@ fn all_protocols(lab: &Lab) -> Result<()> {
     }
     for node in [a, b] {
         for reason in [
-            "source_not_owned",
-            "not_authentic",
+            "source-not-owned",
+            "not-authentic",
             "replayed",
-            "queue_full",
+            "queue-full",
             "internal",
         ] {
             let count = node.drops(reason)?;

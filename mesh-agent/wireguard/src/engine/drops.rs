@@ -26,45 +26,45 @@ macro_rules! reasons {
 
 reasons! {
     /// Outgoing: the engine did not read the device in time. Counted by the kernel, looked up every second.
-    DeviceQueueFull => "device_queue_full",
+    DeviceQueueFull => "device-queue-full",
     /// Incoming: the engine did not read its sockets in time. Counted by the kernel, looked up every second.
-    SocketQueueFull => "socket_queue_full",
+    SocketQueueFull => "socket-queue-full",
     /// Outgoing: not an IPv4 or IPv6 packet.
-    NotIp => "not_ip",
+    NotIp => "not-ip",
     /// Outgoing: no peer owns the destination.
-    NoPeer => "no_peer",
+    NoPeer => "no-peer",
     /// Outgoing: the device has no private key, or the peer was removed meanwhile.
-    NoKey => "no_key",
+    NoKey => "no-key",
     /// Outgoing: the peer's address is not known.
-    NoEndpoint => "no_endpoint",
+    NoEndpoint => "no-endpoint",
     /// Outgoing: too many packets wait for a handshake; the oldest is dropped.
-    QueueFull => "queue_full",
+    QueueFull => "queue-full",
     /// Outgoing: packets waited for a handshake that never came.
-    HandshakeTimeout => "handshake_timeout",
+    HandshakeTimeout => "handshake-timeout",
     /// Outgoing: the network refused the datagram.
-    SendFailed => "send_failed",
+    SendFailed => "send-failed",
     /// Incoming: not a WireGuard message, or its first authenticator is wrong.
     Malformed => "malformed",
     /// Incoming: a handshake from a key that is no peer of this device.
-    UnknownPeer => "unknown_peer",
+    UnknownPeer => "unknown-peer",
     /// Incoming: a message for no peer of this device.
-    UnknownIndex => "unknown_index",
+    UnknownIndex => "unknown-index",
     /// Incoming: data for a session that has ended.
-    NoSession => "no_session",
+    NoSession => "no-session",
     /// Incoming: a handshake message that is replayed, not expected or not authentic.
-    HandshakeRefused => "handshake_refused",
+    HandshakeRefused => "handshake-refused",
     /// Incoming: a handshake answered with a cookie because of too many.
-    UnderLoad => "under_load",
+    UnderLoad => "under-load",
     /// Incoming: data that does not authenticate.
-    NotAuthentic => "not_authentic",
+    NotAuthentic => "not-authentic",
     /// Incoming: data seen before, or too old to tell.
     Replayed => "replayed",
     /// Incoming: the decrypted content is not one whole IPv4 or IPv6 packet.
-    InnerMalformed => "inner_malformed",
+    InnerMalformed => "inner-malformed",
     /// Incoming: the most specific owner of the inner source is not the peer that sent it (P3).
-    SourceNotOwned => "source_not_owned",
+    SourceNotOwned => "source-not-owned",
     /// Incoming: the device took no packet; its link is down.
-    DeviceDown => "device_down",
+    DeviceDown => "device-down",
     /// A defect of the engine.
     Internal => "internal",
 }
