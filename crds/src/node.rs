@@ -4,6 +4,10 @@
     unreachable_pub,
     reason = "the schema derive repeats the struct in an inner scope"
 )]
+#![expect(
+    clippy::duplicated_attributes,
+    reason = "the parameters of the printed columns have the same names"
+)]
 
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
