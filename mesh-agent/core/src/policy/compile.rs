@@ -9,7 +9,7 @@ use warren_model::{
 };
 
 use super::{
-    flat::{Flat, UNSETTLED},
+    flat::{Flat, PortName, UNSETTLED},
     map::{MapWrite, PeerKind, PortKey, PortValue, VerdictKey, VerdictValue},
     port::{Prefix, classify},
 };
@@ -73,6 +73,8 @@ pub struct EndpointPolicy {
     pub number: u32,
     /// Its two directions.
     pub directions: Directions<DirectionPolicy>,
+    /// Names of peers' ports that it depends on.
+    pub(super) peer_ports: BTreeSet<PortName>,
 }
 
 impl EndpointPolicy {

@@ -1,147 +1,24 @@
 //! The policies of a node, kept up to date by events.
 
+mod rebuild;
+
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::IpNet;
 use warren_model::{
-    IdentityId, Labels,
+    IdentityId,
     policy::{
-        Direction, Directions, NamedPorts, PolicyRef, Rule, Selector, SelectorId, Subject, reserved_labels,
+        Direction, NamedPorts, PolicyRef, PortMatch, Ports, Rule, Selector, SelectorId, Subject,
+        reserved_labels,
     },
 };
 
 use super::{
     cidr::CidrTable,
-    compile::{EndpointPolicy, Facts, compile},
-    diff::{diff, removal},
-    flat::{Flat, NamedIndex, flatten},
+    compile::EndpointPolicy,
+    event::{FirstNumbers, NodeFacts, PolicyEvent, RuleName},
+    flat::{NamedIndex, PortName},
     map::{CidrKey, EndpointValue, MapWrite, Maps},
 };
-
-/// Where numbers start: above everything that the pinned maps hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FirstNumbers {
-    /// First number of a policy.
-    pub policy: u32,
-    /// First number of a class.
-    pub class: u32,
-    /// First number of a prefix.
-    pub cidr: u32,
-    /// Number of the table of prefixes.
-    pub cidr_table: u32,
-}
-
-impl Default for FirstNumbers {
-    fn default() -> Self {
-        Self {
-            policy: 1,
-            class: 1,
-            cidr: 1,
-            cidr_table: 1,
-        }
-    }
-}
-
-impl FirstNumbers {
-    /// Above everything that maps hold, the entries of an earlier agent. Once every endpoint has its new policy, whatever
-    /// has a lower number can be removed.
-    pub fn above(maps: &Maps) -> Self {
-        let policies = maps
-            .ports
-            .keys()
-            .map(|key| key.policy)
-            .chain(maps.endpoints.values().map(|v| v.policy));
-        let classes = maps
-            .verdicts
-            .keys()
-            .map(|key| key.class)
-            .chain(maps.ports.values().map(|v| v.class));
-        Self {
-            policy: policies.max().unwrap_or(0) + 1,
-            class: classes.max().unwrap_or(0) + 1,
-            cidr: maps.cidrs.values().copied().max().unwrap_or(0) + 1,
-            cidr_table: maps.cidrs.keys().map(|key| key.table).max().unwrap_or(0) + 1,
-        }
-    }
-}
-
-/// What policy has to know of the node itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeFacts {
-    /// Labels of the Node object, keys with their source (`k8s:`): host policies select by them.
-    pub labels: Labels,
-    /// The node runs an API server.
-    pub runs_apiserver: bool,
-    /// The host does not reach its own pods by itself: probes need a rule.
-    pub closed_to_host: bool,
-    /// Audit mode for the whole node.
-    pub audit: bool,
-}
-
-/// What happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum PolicyEvent {
-    /// A selector with all its members; replaces what was known.
-    Selector {
-        /// Its number.
-        id: SelectorId,
-        /// What it asks for.
-        selector: Selector,
-        /// Who fulfils it.
-        members: BTreeSet<IdentityId>,
-    },
-    /// Members of a selector changed.
-    Members {
-        /// The selector.
-        id: SelectorId,
-        /// Who came.
-        added: Vec<IdentityId>,
-        /// Who went.
-        removed: Vec<IdentityId>,
-    },
-    /// No rule names the selector any more.
-    SelectorGone(SelectorId),
-    /// All rules of an object; replaces what was known.
-    Rules {
-        /// The object.
-        policy: PolicyRef,
-        /// Its rules.
-        rules: Vec<Rule<SelectorId>>,
-    },
-    /// An object is gone.
-    RulesGone(PolicyRef),
-    /// The named ports of the pods of an identity, anywhere; replaces what was known.
-    PeerPorts {
-        /// The identity.
-        identity: IdentityId,
-        /// The ports of its pods; those of several pods where they differ.
-        ports: Vec<NamedPorts>,
-    },
-    /// A local endpoint, new or changed.
-    Endpoint {
-        /// Its index in the mark, 1 and up.
-        index: u16,
-        /// Its identity.
-        identity: IdentityId,
-        /// Its named ports.
-        ports: NamedPorts,
-        /// Audit mode for this endpoint.
-        audit: bool,
-    },
-    /// A local endpoint is gone.
-    EndpointGone(u16),
-    /// Facts of the node; replaces what was known.
-    Node(NodeFacts),
-}
-
-/// Where a statement stands: what a rule number means.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RuleName {
-    /// The object.
-    pub policy: PolicyRef,
-    /// Where in it, as in `spec.ingress[0].toPorts[1]`.
-    pub place: String,
-}
 
 /// Endpoints with the same one of these share a policy.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -171,6 +48,8 @@ struct Dirty {
     kinds: BTreeSet<Kind>,
     /// Selectors whose members changed, with these.
     members: BTreeMap<SelectorId, BTreeSet<IdentityId>>,
+    /// Names of ports that some peers gained or lost.
+    names: BTreeSet<PortName>,
 }
 
 /// All policies of this node. The host is endpoint 0 and always there.
@@ -325,13 +204,7 @@ impl PolicyEngine {
                 self.selectors.insert(id, entry);
                 self.settle(id, dirty);
             }
-            PolicyEvent::Members { id, added, removed } => {
-                if let Some(entry) = self.selectors.get_mut(&id) {
-                    entry.told.extend(added);
-                    entry.told.retain(|identity| !removed.contains(identity));
-                    self.settle(id, dirty);
-                }
-            }
+            PolicyEvent::Members { id, added, removed } => self.take_members(id, &added, &removed, dirty),
             PolicyEvent::SelectorGone(id) => {
                 self.selectors.remove(&id);
                 self.settle(id, dirty);
@@ -413,39 +286,82 @@ impl PolicyEngine {
         dirty.members.entry(id).or_default().extend(changed);
     }
 
-    fn take_ports(&mut self, identity: IdentityId, ports: Vec<NamedPorts>, dirty: &mut Dirty) {
-        let old = match ports.is_empty() {
-            true => self.peer_ports.remove(&identity),
-            false => self.peer_ports.insert(identity, ports.clone()),
-        };
-        if old.unwrap_or_default() == ports {
+    /// A selector's members came and went; costs as much as came and went, however many there are.
+    fn take_members(
+        &mut self,
+        id: SelectorId,
+        added: &[IdentityId],
+        removed: &[IdentityId],
+        dirty: &mut Dirty,
+    ) {
+        let Some(entry) = self.selectors.get_mut(&id) else {
             return;
-        }
-        self.named.clear();
-        for (identity, ports) in &self.peer_ports {
-            for (name, (protocol, number)) in ports.iter().flat_map(|ports| &ports.0) {
-                let numbers = self.named.entry((name.clone(), *protocol)).or_default();
-                numbers.entry(*number).or_default().insert(*identity);
+        };
+        let members = self.members.entry(id).or_default();
+        let changed = dirty.members.entry(id).or_default();
+        // The own host belongs to it by its labels, whatever is told.
+        let settled = |identity: &IdentityId| !matches!(*identity, IdentityId::UNKNOWN | IdentityId::HOST);
+        for identity in added.iter().filter(|identity| settled(identity)) {
+            entry.told.insert(*identity);
+            if members.insert(*identity) {
+                changed.insert(*identity);
             }
         }
-        let kinds = self.policies.keys().filter(|kind| self.names_peer_ports(kind));
-        dirty.kinds.extend(kinds.cloned());
+        for identity in removed.iter().filter(|identity| settled(identity)) {
+            entry.told.remove(identity);
+            if members.remove(identity) {
+                changed.insert(*identity);
+            }
+        }
     }
 
-    /// Whether a rule of such endpoints names ports of peers.
-    fn names_peer_ports(&self, kind: &Kind) -> bool {
-        use warren_model::policy::{PortMatch, Ports};
-        self.rules_of(kind)
-            .flat_map(|rule| &rule.statements)
-            .any(|statement| {
-                statement.direction == Direction::Egress
-                    && match &statement.ports {
-                        Ports::All => false,
-                        Ports::These(specs) => {
-                            specs.iter().any(|spec| matches!(spec.ports, PortMatch::Name(_)))
-                        }
-                    }
+    fn take_ports(&mut self, identity: IdentityId, ports: Vec<NamedPorts>, dirty: &mut Dirty) {
+        let flat = |ports: &[NamedPorts]| -> BTreeSet<(PortName, u16)> {
+            let all = ports.iter().flat_map(|ports| &ports.0);
+            all.map(|(name, (protocol, number))| ((name.clone(), *protocol), *number))
+                .collect()
+        };
+        let now = flat(&ports);
+        let was = match ports.is_empty() {
+            true => self.peer_ports.remove(&identity),
+            false => self.peer_ports.insert(identity, ports),
+        };
+        let was = flat(&was.unwrap_or_default());
+        for (name, number) in was.difference(&now) {
+            let Some(numbers) = self.named.get_mut(name) else {
+                continue;
+            };
+            if let Some(having) = numbers.get_mut(number) {
+                having.remove(&identity);
+            }
+            numbers.retain(|_, having| !having.is_empty());
+            if numbers.is_empty() {
+                self.named.remove(name);
+            }
+            dirty.names.insert(name.clone());
+        }
+        for (name, number) in now.difference(&was) {
+            let numbers = self.named.entry(name.clone()).or_default();
+            numbers.entry(*number).or_default().insert(identity);
+            dirty.names.insert(name.clone());
+        }
+    }
+
+    /// The names of peers' ports that rules of such endpoints mention.
+    fn peer_port_names(&self, kind: &Kind) -> BTreeSet<PortName> {
+        let statements = self.rules_of(kind).flat_map(|rule| &rule.statements);
+        let specs = statements
+            .filter(|statement| statement.direction == Direction::Egress)
+            .flat_map(|statement| match &statement.ports {
+                Ports::All => &[][..],
+                Ports::These(specs) => specs,
+            });
+        specs
+            .filter_map(|spec| match &spec.ports {
+                PortMatch::Name(name) => Some((name.clone(), spec.protocol)),
+                PortMatch::Range(..) => None,
             })
+            .collect()
     }
 
     /// Numbers the statements of an object, and forgets those that it had and has no more.
@@ -497,247 +413,5 @@ impl PolicyEngine {
             .values()
             .flatten()
             .filter(|rule| self.selects(rule, kind))
-    }
-
-    fn rebuild(&mut self, dirty: Dirty) -> Vec<MapWrite> {
-        let (wanted, refresh) = self.sort_out(&dirty);
-        let structural = !wanted.is_empty()
-            || self
-                .endpoints
-                .values()
-                .any(|e| e.kind.identity == IdentityId::UNKNOWN);
-        let mut out = Vec::new();
-        // Statements first: they say which prefixes have to be told apart.
-        let mut pending = Vec::new();
-        for kind in wanted {
-            let (default_deny, flats) = self.statements(&kind);
-            pending.push((kind, default_deny, flats));
-        }
-        let new_borders: BTreeSet<IpNet> = pending
-            .iter()
-            .flat_map(|(_, _, flats)| Direction::ALL.map(|d| flats.of(d)))
-            .flatten()
-            .flat_map(|flat| flat.cidrs.iter().flat_map(|set| set.borders()))
-            .collect();
-        self.add_prefixes(&new_borders, &mut out);
-        for (kind, identities) in refresh {
-            self.refresh(&kind, &identities, &mut out);
-        }
-        for (kind, default_deny, flats) in pending {
-            self.recompile(&kind, default_deny, flats, &mut out);
-        }
-        self.write_endpoints(&mut out);
-        if structural {
-            self.collect_garbage(&mut out);
-        }
-        out
-    }
-
-    /// Which kinds of endpoints have to be compiled, and for which only some identities change.
-    fn sort_out(&self, dirty: &Dirty) -> (BTreeSet<Kind>, BTreeMap<Kind, BTreeSet<IdentityId>>) {
-        let mut wanted = BTreeSet::new();
-        let mut refresh: BTreeMap<Kind, BTreeSet<IdentityId>> = BTreeMap::new();
-        let changed: BTreeSet<IdentityId> = dirty.members.values().flatten().copied().collect();
-        let kinds: BTreeSet<&Kind> = self.endpoints.values().map(|endpoint| &endpoint.kind).collect();
-        for kind in kinds
-            .into_iter()
-            .filter(|kind| kind.identity != IdentityId::UNKNOWN)
-        {
-            let Some(policy) = self.policies.get(kind) else {
-                wanted.insert(kind.clone());
-                continue;
-            };
-            if dirty.everything || dirty.kinds.contains(kind) || changed.contains(&kind.identity) {
-                wanted.insert(kind.clone());
-                continue;
-            }
-            let selectors = Direction::ALL
-                .into_iter()
-                .flat_map(|d| policy.directions.of(d).selectors());
-            let identities: BTreeSet<_> = selectors
-                .filter_map(|id| dirty.members.get(&id))
-                .flatten()
-                .copied()
-                .collect();
-            if !identities.is_empty() {
-                refresh.entry(kind.clone()).or_default().extend(identities);
-            }
-        }
-        (wanted, refresh)
-    }
-
-    fn statements(&self, kind: &Kind) -> (Directions<bool>, Directions<Vec<Flat>>) {
-        let mut default_deny = Directions::<bool>::default();
-        let mut flats = Directions::<Vec<Flat>>::default();
-        for rule in self.rules_of(kind) {
-            default_deny.ingress |= rule.default_deny.ingress;
-            default_deny.egress |= rule.default_deny.egress;
-            for statement in &rule.statements {
-                let name = RuleName {
-                    policy: rule.policy.clone(),
-                    place: statement.place.clone(),
-                };
-                let number = self.names.get(&name).copied().unwrap_or(0);
-                let parts = flatten(number, statement, &kind.ports, &self.named);
-                flats.of_mut(statement.direction).extend(parts);
-            }
-        }
-        (default_deny, flats)
-    }
-
-    fn refresh(&mut self, kind: &Kind, identities: &BTreeSet<IdentityId>, out: &mut Vec<MapWrite>) {
-        let Some(policy) = self.policies.get_mut(kind) else {
-            return;
-        };
-        self.refreshed += 1;
-        let facts = Facts {
-            members: &self.members,
-            prefixes: &self.cidrs.prefixes,
-            host_reaches: kind.identity != IdentityId::HOST && !self.node.closed_to_host,
-        };
-        for direction in Direction::ALL {
-            out.extend(
-                policy
-                    .directions
-                    .of_mut(direction)
-                    .refresh(direction, identities, &facts),
-            );
-        }
-    }
-
-    fn recompile(
-        &mut self,
-        kind: &Kind,
-        default_deny: Directions<bool>,
-        mut flats: Directions<Vec<Flat>>,
-        out: &mut Vec<MapWrite>,
-    ) {
-        self.compiled += 1;
-        let facts = Facts {
-            members: &self.members,
-            prefixes: &self.cidrs.prefixes,
-            host_reaches: kind.identity != IdentityId::HOST && !self.node.closed_to_host,
-        };
-        let next = &mut self.next_class;
-        let mut number = || {
-            *next += 1;
-            *next - 1
-        };
-        let mut one = |direction: Direction| {
-            let flats = std::mem::take(flats.of_mut(direction));
-            compile(direction, *default_deny.of(direction), flats, &facts, &mut number)
-        };
-        let directions = Directions {
-            ingress: one(Direction::Ingress),
-            egress: one(Direction::Egress),
-        };
-        let old = self.policies.get(kind);
-        let mut new = EndpointPolicy {
-            number: old.map_or(self.next_policy, |old| old.number),
-            directions,
-        };
-        if old.is_none() {
-            self.next_policy += 1;
-        }
-        out.extend(diff(old, &mut new));
-        self.policies.insert(kind.clone(), new);
-    }
-
-    /// Tells new prefixes apart. Every class first gets entries for them, which say what held before.
-    fn add_prefixes(&mut self, wanted: &BTreeSet<IpNet>, out: &mut Vec<MapWrite>) {
-        let new = self.cidrs.add(wanted);
-        if new.is_empty() {
-            return;
-        }
-        let facts = Facts {
-            members: &self.members,
-            prefixes: &new,
-            host_reaches: false,
-        };
-        for policy in self.policies.values_mut() {
-            for direction in Direction::ALL {
-                out.extend(
-                    policy
-                        .directions
-                        .of_mut(direction)
-                        .add_prefixes(direction, &new, &facts),
-                );
-            }
-        }
-        let table = self.cidrs.number;
-        out.extend(
-            new.into_iter()
-                .map(|(prefix, n)| MapWrite::SetCidr(CidrKey { table, prefix }, n)),
-        );
-    }
-
-    /// Leads endpoints to their policies, one write each; takes away those that are gone.
-    fn write_endpoints(&mut self, out: &mut Vec<MapWrite>) {
-        let gone: Vec<u16> = self
-            .endpoints
-            .iter()
-            .filter(|(_, endpoint)| endpoint.kind.identity == IdentityId::UNKNOWN)
-            .map(|(index, _)| *index)
-            .collect();
-        for index in gone {
-            if self
-                .endpoints
-                .remove(&index)
-                .is_some_and(|endpoint| endpoint.written.is_some())
-            {
-                out.push(MapWrite::DeleteEndpoint(index));
-            }
-        }
-        for (index, endpoint) in &mut self.endpoints {
-            let Some(policy) = self.policies.get(&endpoint.kind) else {
-                continue;
-            };
-            let value = EndpointValue {
-                policy: policy.number,
-                cidr_table: self.cidrs.number,
-                audit: endpoint.audit || self.node.audit,
-            };
-            if endpoint.written != Some(value) {
-                endpoint.written = Some(value);
-                out.push(MapWrite::SetEndpoint(*index, value));
-            }
-        }
-    }
-
-    /// Takes away policies that no endpoint has, and prefixes that no statement names.
-    fn collect_garbage(&mut self, out: &mut Vec<MapWrite>) {
-        let used: BTreeSet<&Kind> = self.endpoints.values().map(|endpoint| &endpoint.kind).collect();
-        let unused: Vec<Kind> = self
-            .policies
-            .keys()
-            .filter(|kind| !used.contains(kind))
-            .cloned()
-            .collect();
-        let mut after: Vec<MapWrite> = unused
-            .iter()
-            .filter_map(|kind| self.policies.remove(kind))
-            .flat_map(|p| removal(&p))
-            .collect();
-        let policies = self.policies.values();
-        let directions = policies.flat_map(|policy| Direction::ALL.map(|d| policy.directions.of(d)));
-        let borders: BTreeSet<IpNet> = directions.flat_map(|direction| direction.borders()).collect();
-        let gone = self.cidrs.retain(&borders);
-        let numbers: BTreeSet<u32> = gone.values().copied().collect();
-        let table = self.cidrs.number;
-        out.extend(
-            gone.into_keys()
-                .map(|prefix| MapWrite::DeleteCidr(CidrKey { table, prefix })),
-        );
-        if !numbers.is_empty() {
-            for policy in self.policies.values_mut() {
-                for direction in Direction::ALL {
-                    after.extend(policy.directions.of_mut(direction).remove_prefixes(&numbers));
-                }
-            }
-        }
-        if !after.is_empty() {
-            out.push(MapWrite::Grace);
-            out.append(&mut after);
-        }
     }
 }

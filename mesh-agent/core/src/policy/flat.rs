@@ -12,8 +12,11 @@ use warren_model::{
 
 use super::port::PortCover;
 
-/// Which identities have a port of a name: by name and protocol, the numbers and who has them.
-pub(super) type NamedIndex = BTreeMap<(String, Protocol), BTreeMap<u16, BTreeSet<IdentityId>>>;
+/// The name of a port, with its protocol.
+pub(super) type PortName = (String, Protocol);
+
+/// Which identities have a port of a name: the numbers and who has them.
+pub(super) type NamedIndex = BTreeMap<PortName, BTreeMap<u16, BTreeSet<IdentityId>>>;
 
 /// One statement with numbers for ports.
 #[derive(Debug, Clone, PartialEq, Eq)]

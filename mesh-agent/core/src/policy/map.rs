@@ -252,13 +252,14 @@ impl Maps {
         })
     }
 
-    /// The number of the longest prefix that holds the address.
+    /// The number of the longest prefix that holds the address, as an LPM trie finds it.
     fn cidr(&self, table: u32, address: IpAddr) -> Option<u32> {
-        let host = IpNet::from(address);
-        (0..=host.max_prefix_len()).rev().find_map(|length| {
-            let prefix = IpNet::new(address, length).ok()?.trunc();
-            self.cidrs.get(&CidrKey { table, prefix }).copied()
-        })
+        let holds = |(key, _): &(&CidrKey, &u32)| key.table == table && key.prefix.contains(&address);
+        self.cidrs
+            .iter()
+            .filter(holds)
+            .max_by_key(|(key, _)| key.prefix.prefix_len())
+            .map(|(_, number)| *number)
     }
 
     fn verdict(&self, class: u32, kind: PeerKind, id: u32) -> Option<VerdictValue> {

@@ -48,13 +48,15 @@ mod cidr;
 mod compile;
 mod diff;
 mod engine;
+mod event;
 mod flat;
 mod map;
 mod port;
 
 pub use compile::{ClassTable, DirectionPolicy, EndpointPolicy};
 pub use diff::diff;
-pub use engine::{FirstNumbers, NodeFacts, PolicyEngine, PolicyEvent, RuleName};
+pub use engine::PolicyEngine;
+pub use event::{FirstNumbers, NodeFacts, PolicyEvent, RuleName};
 pub use map::{
     CidrKey, DropCause, EndpointValue, MapWrite, Maps, Packet, PeerKind, PortKey, PortValue, Verdict,
     VerdictKey, VerdictValue, lookup,
