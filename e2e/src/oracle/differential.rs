@@ -81,6 +81,11 @@ impl fmt::Display for Mismatch {
 
 /// Compares `pairs` pairs, drawn from a seed. The first disagreement ends the run.
 pub fn run(pairs: u64, seed: u64) -> Result<Report, Box<Mismatch>> {
+    run_tampered(pairs, seed, |_| ())
+}
+
+/// As [`run`], with maps that somebody spoiled: shows that the comparison would notice.
+fn run_tampered(pairs: u64, seed: u64, tamper: impl Fn(&mut Maps)) -> Result<Report, Box<Mismatch>> {
     let mut dice = Dice::new(seed);
     let mut report = Report {
         pairs: 0,
@@ -89,9 +94,10 @@ pub fn run(pairs: u64, seed: u64) -> Result<Report, Box<Mismatch>> {
     };
     while report.pairs < pairs {
         let cluster = generate::cluster(&mut dice);
-        let subject = Subject::new(&cluster, Some(&mut dice)).unwrap_or_else(|fault| {
+        let mut subject = Subject::new(&cluster, Some(&mut dice)).unwrap_or_else(|fault| {
             panic!("seed {seed}: the generator made an object that is refused: {fault}")
         });
+        tamper(&mut subject.maps);
         for _ in 0..PACKETS_PER_CLUSTER.min(pairs - report.pairs) {
             let packet = generate::packet(&mut dice, &cluster);
             let oracle = allowed(&cluster, &packet);
@@ -181,15 +187,20 @@ impl Subject {
             Way::Out => Direction::Egress,
         };
         let peer = self.identity(packet.peer);
-        let engine_packet = engine::Packet {
+        let Packet {
+            address,
+            protocol,
+            port,
+            ..
+        } = *packet;
+        engine::Packet {
             endpoint,
             direction,
             peer,
-            address: packet.address,
-            protocol: packet.protocol,
-            port: packet.port,
-        };
-        engine_packet
+            address,
+            protocol,
+            port,
+        }
     }
 
     fn identity(&self, party: Party) -> IdentityId {
@@ -370,6 +381,8 @@ fn named_ports(pod: &Pod) -> NamedPorts {
 
 #[cfg(test)]
 mod tests {
+    use engine::PeerKind;
+
     use super::*;
 
     #[test]
@@ -385,6 +398,59 @@ mod tests {
             (4_000..16_000).contains(&report.allowed),
             "{report:?}: one answer is too rare to test anything"
         );
+    }
+
+    #[test]
+    fn a_spoiled_map_is_noticed() {
+        type Tamper = (&'static str, fn(&mut Maps));
+        let tampers: [Tamper; 8] = [
+            ("denials are lost", |maps| {
+                maps.verdicts.retain(|_, value| value.allow)
+            }),
+            ("strangers are not told apart", |maps| {
+                maps.verdicts
+                    .retain(|key, _| key.kind != PeerKind::Identity || key.id != 0)
+            }),
+            ("the host's exception is lost", |maps| {
+                maps.verdicts
+                    .retain(|key, _| key.kind != PeerKind::Identity || key.id != 1)
+            }),
+            ("single ports are lost", |maps| {
+                maps.ports.retain(|key, _| key.length < 24)
+            }),
+            ("narrow prefixes are lost", |maps| {
+                maps.cidrs.retain(|key, _| key.prefix.prefix_len() < 16)
+            }),
+            ("prefixes of the world count for pods", |maps| {
+                let world: Vec<_> = maps
+                    .verdicts
+                    .iter()
+                    .filter(|(key, _)| key.kind == PeerKind::WorldPrefix)
+                    .map(|(k, v)| (*k, *v))
+                    .collect();
+                maps.verdicts.extend(world.into_iter().map(|(key, value)| {
+                    (
+                        engine::VerdictKey {
+                            kind: PeerKind::MemberPrefix,
+                            ..key
+                        },
+                        value,
+                    )
+                }));
+            }),
+            ("everybody is everybody", |maps| {
+                maps.verdicts.retain(|key, _| key.kind != PeerKind::Everybody)
+            }),
+            ("the host has no policy", |maps| {
+                maps.endpoints.retain(|index, _| *index != 0)
+            }),
+        ];
+        for (what, tamper) in tampers {
+            assert!(
+                run_tampered(20_000, 1, tamper).is_err(),
+                "{what}, and nobody noticed"
+            );
+        }
     }
 
     #[test]

@@ -251,7 +251,8 @@ fn element_covers(
     };
     // Who is not known yet may turn out to be whom a deny means.
     let unsettled = matches!(packet.peer, Party::Unknown(_) | Party::Init(_));
-    if !peer && !(deny && unsettled) {
+    let meant = peer || (deny && unsettled);
+    if !meant {
         return false;
     }
     if ports.is_empty() && icmps.is_empty() {
