@@ -166,19 +166,28 @@ impl Node {
         self.place.run(["sh", "-ec", &script]).map(drop)
     }
 
-    /// The processes in its pods whose command line begins with these words, by their ids on the machine.
-    pub fn processes(&self, words: &[&str]) -> Result<Vec<u32>> {
+    /// The processes in its pods whose command line begins with these words, by their ids on the machine; only those of
+    /// one container where its id is given.
+    pub fn processes(&self, container: &str, words: &[&str]) -> Result<Vec<u32>> {
         let group = format!("/{}/{}/kubepods", cgroup::tree(&self.id), self.name);
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc")?.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
             // A process may end while we look.
             let groups = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
             let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let line: Vec<_> = line.split(|byte| *byte == 0).map(String::from_utf8_lossy).collect();
+            let line: Vec<_> = line
+                .split(|byte| *byte == 0)
+                .map(String::from_utf8_lossy)
+                .collect();
             let same = words.len() <= line.len()
-                && words.iter().zip(&line).all(|(word, part)| part.rsplit('/').next() == Some(*word));
-            if same && groups.contains(&group) {
+                && words
+                    .iter()
+                    .zip(&line)
+                    .all(|(word, part)| part.rsplit('/').next() == Some(*word));
+            if same && groups.contains(&group) && groups.contains(container) {
                 found.push(pid);
             }
         }

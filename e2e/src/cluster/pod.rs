@@ -1,9 +1,10 @@
-//! A pod of the cluster that runs the lab's application, asked without the API server: through its node's containerd.
+//! A pod of the cluster that runs the lab's application, asked without the API server and the container runtime: its
+//! network namespace is entered.
 
 use std::{
     net::{IpAddr, SocketAddr},
     process::Stdio,
-    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -16,7 +17,11 @@ use crate::{
         ping::PingReport,
         wire::{Answer, FlowReport},
     },
-    lab::process::{Place, Process},
+    lab::{
+        binaries,
+        process::{NET, Place, Process},
+        wait::wait_until,
+    },
 };
 
 /// Where the application listens.
@@ -32,7 +37,6 @@ pub struct AppPod {
     /// IPv4 first.
     pub addresses: Vec<IpAddr>,
     place: Place,
-    container: String,
 }
 
 impl Cluster {
@@ -77,61 +81,29 @@ impl Cluster {
             addresses.len() == 2,
             "pod {name} has addresses {addresses:?}, not one of each family"
         );
-        let place = self.nodes.iter().find(|known| known.name == node);
-        Ok(AppPod {
-            name: name.to_owned(),
-            place: place
-                .with_context(|| format!("pod {name} runs on {node}, which is no node"))?
-                .place
-                .clone(),
-            node,
-            addresses,
-            container: container.trim_start_matches("containerd://").to_owned(),
-        })
+        let host = self.nodes.iter().find(|known| known.name == node);
+        let host = host.with_context(|| format!("pod {name} runs on {node}, which is no node"))?;
+        let id = container.trim_start_matches("containerd://");
+        // The container runs, but its process may not be itself yet.
+        let pid = wait_until(Duration::from_secs(10), &format!("the server of pod {name} runs"), || {
+            host.processes(id, &[binaries::LAB_APP, "serve"])?.first().copied().context("it is not there")
+        })?;
+        let place = Place { pid, kinds: NET, name: format!("pod {name}"), ..host.place.clone() };
+        Ok(AppPod { name: name.to_owned(), node, addresses, place })
     }
 }
 
 impl AppPod {
-    fn exec_command(&self, command: &[String]) -> Vec<String> {
-        static SERIAL: AtomicU64 = AtomicU64::new(0);
-        let serial = format!(
-            "lab-{}-{}",
-            std::process::id(),
-            SERIAL.fetch_add(1, Ordering::Relaxed)
-        );
-        let exec = [
-            "ctr",
-            "-n",
-            "k8s.io",
-            "tasks",
-            "exec",
-            "--exec-id",
-            &serial,
-            &self.container,
-        ]
-        .map(String::from);
-        exec.into_iter().chain(command.iter().cloned()).collect()
-    }
-
-    /// Runs a command in the container.
-    pub fn run(&self, command: &[String]) -> Result<String> {
-        self.place
-            .run(self.exec_command(command))
-            .with_context(|| format!("in pod {}", self.name))
-    }
-
-    fn tool(arguments: &[&str]) -> Vec<String> {
-        std::iter::once("warren-lab-app")
-            .chain(arguments.iter().copied())
-            .map(String::from)
-            .collect()
+    fn tool(&self, arguments: &[&str]) -> Vec<String> {
+        let app = self.place.app.display().to_string();
+        std::iter::once(app).chain(arguments.iter().map(|word| (*word).to_owned())).collect()
     }
 
     /// One question, one answer.
     pub fn ask(&self, protocol: Protocol, to: SocketAddr, size: usize) -> Result<Answer> {
         let protocol = format!("{protocol:?}").to_lowercase();
         let (to, size) = (to.to_string(), size.to_string());
-        let text = self.run(&Self::tool(&[
+        let text = self.place.run(self.tool(&[
             "ask",
             "--protocol",
             &protocol,
@@ -145,7 +117,7 @@ impl AppPod {
 
     /// ICMP echo.
     pub fn ping(&self, to: IpAddr, size: usize) -> Result<PingReport> {
-        let text = self.run(&Self::tool(&[
+        let text = self.place.run(self.tool(&[
             "ping",
             "--to",
             &to.to_string(),
@@ -157,7 +129,7 @@ impl AppPod {
 
     /// Starts numbered packets, 1,000 per second, until [`finish`].
     pub fn start_flow(&self, to: SocketAddr) -> Result<Process> {
-        let command = self.exec_command(&Self::tool(&["flow", "--to", &to.to_string()]));
+        let command = self.tool(&["flow", "--to", &to.to_string()]);
         let child = self
             .place
             .command(command)

@@ -173,10 +173,10 @@ impl Shell {
     ) -> Result<()> {
         self.underlay.ip(&[
             format!(
-                "link add u-{name} type veth peer name {UPLINK} netns {}",
+                "link add p-{name} type veth peer name {UPLINK} netns {}",
                 place.pid
             ),
-            format!("link set u-{name} master {BRIDGE} up"),
+            format!("link set p-{name} master {BRIDGE} up"),
         ])?;
         let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
         let mut lines = vec![

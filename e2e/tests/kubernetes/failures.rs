@@ -8,10 +8,7 @@ use nix::{
     unistd::Pid,
 };
 use serde_json::Value;
-use warren_e2e::{
-    cluster::Cluster,
-    lab::wait::wait_until,
-};
+use warren_e2e::{cluster::Cluster, lab::wait::wait_until};
 
 use crate::scene::{PATIENCE, Scene, answers, nothing_in_clear, nothing_lost};
 
@@ -21,7 +18,9 @@ const AWAY: Duration = Duration::from_secs(60);
 pub(crate) fn agent_pod_deleted(scene: &mut Scene) -> Result<()> {
     let (capture, flows) = (scene.capture()?, scene.start_flows()?);
     let old = scene.cluster.pod_on("mesh-agent", "node2")?;
-    scene.cluster.kubectl(["-n", "kube-system", "delete", "pod", &old, "--wait"])?;
+    scene
+        .cluster
+        .kubectl(["-n", "kube-system", "delete", "pod", &old, "--wait"])?;
     scene.cluster.wait_pods(PATIENCE)?;
     scene.cluster.wait_encrypted()?;
     nothing_lost(flows)?;
@@ -37,10 +36,21 @@ pub(crate) fn keyd_leader_killed(scene: &mut Scene) -> Result<()> {
     let flows = scene.start_flows()?;
     let (leader, before) = leader(&scene.cluster)?;
     let node = scene.cluster.get(["pod", &leader, "-n", "kube-system"])?;
-    let node = node["spec"]["nodeName"].as_str().context("the leader runs nowhere")?.to_owned();
+    let node = node["spec"]["nodeName"]
+        .as_str()
+        .context("the leader runs nowhere")?
+        .to_owned();
     // Without the node it cannot come back before the other has noticed.
     scene.cluster.kubectl(["cordon", &node])?;
-    scene.cluster.kubectl(["-n", "kube-system", "delete", "pod", &leader, "--grace-period=0", "--force"])?;
+    scene.cluster.kubectl([
+        "-n",
+        "kube-system",
+        "delete",
+        "pod",
+        &leader,
+        "--grace-period=0",
+        "--force",
+    ])?;
     kill_all(scene, &node, "keyd")?;
     wait_until(PATIENCE, "another keyd leads, in a later epoch", || {
         let (now, epoch) = self::leader(&scene.cluster)?;
@@ -61,8 +71,20 @@ fn leader(cluster: &Cluster) -> Result<(String, u64)> {
     let list = cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
     for pod in list["items"].as_array().into_iter().flatten() {
         let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
-        let output = cluster.kubectl_output(["-n", "kube-system", "exec", name, "--", "keyd", "status", "-o", "json"])?;
-        let Ok(status) = serde_json::from_slice::<Value>(&output.stdout) else { continue };
+        let output = cluster.kubectl_output([
+            "-n",
+            "kube-system",
+            "exec",
+            name,
+            "--",
+            "keyd",
+            "status",
+            "-o",
+            "json",
+        ])?;
+        let Ok(status) = serde_json::from_slice::<Value>(&output.stdout) else {
+            continue;
+        };
         if status["leader"] == true {
             return Ok((name.to_owned(), status["epoch"].as_u64().unwrap_or_default()));
         }
@@ -72,17 +94,30 @@ fn leader(cluster: &Cluster) -> Result<(String, u64)> {
 
 pub(crate) fn control_plane_gone(scene: &mut Scene) -> Result<()> {
     let (capture, flows) = (scene.capture()?, scene.start_flows()?);
-    let start = Instant::now();
     scene.cluster.stop_api_server()?;
+    let meanwhile = without_control_plane(scene);
+    // Whatever happened: the scenarios after this one need it.
+    scene.cluster.start_api_server()?;
+    meanwhile?;
+    nothing_lost(flows)?;
+    nothing_in_clear(&capture.finish()?)?;
+    scene.cluster.wait_nodes()?;
+    scene.cluster.wait_pods(PATIENCE)?;
+    scene.cluster.wait_encrypted()
+}
+
+fn without_control_plane(scene: &Scene) -> Result<()> {
+    let start = Instant::now();
     // kubelet starts them again, but they find no API server.
-    for node in ["node1", "node2", "node3"] {
-        kill_all(scene, node, "keyd")?;
+    for node in scene.cluster.nodes() {
+        kill_all(scene, &node.name, "keyd")?;
     }
+    let old = find(scene, "node1", "mesh-agent run")?;
+    ensure!(!old.is_empty(), "no agent runs on node1");
     kill_all(scene, "node1", "mesh-agent run")?;
     wait_until(PATIENCE, "the agent of node1 runs again", || {
-        let node = scene.cluster.nodes().iter().find(|node| node.name == "node1").context("no node1")?;
-        node.place.run(["test", "-S", "/run/warren/agent.sock"])?;
-        ensure!(!find(scene, "node1", "mesh-agent run")?.is_empty(), "not yet");
+        let new = find(scene, "node1", "mesh-agent run")?;
+        ensure!(new.iter().any(|pid| !old.contains(pid)), "not yet");
         Ok(())
     })?;
     for (from, to) in [(0, 1), (1, 2), (2, 0)] {
@@ -93,19 +128,19 @@ pub(crate) fn control_plane_gone(scene: &mut Scene) -> Result<()> {
     for (from, to) in [(1, 0), (2, 1), (0, 2)] {
         answers(&scene.pods[from], &scene.pods[to])?;
     }
-    scene.cluster.start_api_server()?;
-    nothing_lost(flows)?;
-    nothing_in_clear(&capture.finish()?)?;
-    scene.cluster.wait_nodes()?;
-    scene.cluster.wait_pods(PATIENCE)?;
-    scene.cluster.wait_encrypted()
+    Ok(())
 }
 
 pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
     let capture = scene.capture()?;
     scene.cluster.power_cycle(2, |cluster| {
         cluster
-            .kubectl(["wait", "--for=condition=Ready=Unknown", "node/node3", "--timeout=90s"])
+            .kubectl([
+                "wait",
+                "--for=condition=Ready=Unknown",
+                "node/node3",
+                "--timeout=90s",
+            ])
             .context("nobody noticed the power cut")
             .map(drop)
     })?;
@@ -121,8 +156,13 @@ pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
 
 /// The processes of a node whose command line begins like this.
 fn find(scene: &Scene, node: &str, command: &str) -> Result<Vec<u32>> {
-    let node = scene.cluster.nodes().iter().find(|known| known.name == node).context("no such node")?;
-    node.processes(&command.split(' ').collect::<Vec<_>>())
+    let node = scene
+        .cluster
+        .nodes()
+        .iter()
+        .find(|known| known.name == node)
+        .context("no such node")?;
+    node.processes("", &command.split(' ').collect::<Vec<_>>())
 }
 
 /// SIGKILL for them.

@@ -18,9 +18,16 @@ const AUDIENCE: &str = "keyd.warren.dev";
 fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
     let folder = scene.cluster.folder().join("hostile");
     fs::create_dir_all(&folder)?;
-    let trust = scene.cluster.get(["configmap", "warren-trust", "-n", "kube-system"])?;
+    let trust = scene
+        .cluster
+        .get(["configmap", "warren-trust", "-n", "kube-system"])?;
     let (ca, file) = (folder.join("ca.crt"), folder.join("token"));
-    fs::write(&ca, trust["data"]["ca.crt"].as_str().context("warren-trust has no ca.crt")?)?;
+    fs::write(
+        &ca,
+        trust["data"]["ca.crt"]
+            .as_str()
+            .context("warren-trust has no ca.crt")?,
+    )?;
     fs::write(&file, token)?;
     let tool = scene.cluster.folder().join("bin/warren-cluster");
     let mut keyd = format!("{}:4250", node_address(1).v4);
@@ -37,7 +44,9 @@ fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
             "--node".into(),
             node.into(),
         ];
-        let text = wait_until(PATIENCE, "a keyd answers", || scene.cluster.control_place().run(&command))?;
+        let text = wait_until(PATIENCE, "a keyd answers", || {
+            scene.cluster.control_place().run(&command)
+        })?;
         match serde_json::from_str(&text)? {
             Heard::Redirect(leaders) => keyd = leaders.into_iter().next().context("a redirect to nowhere")?,
             heard => return Ok(heard),
@@ -59,7 +68,15 @@ fn refused(scene: &Scene, token: &str, node: &str, why: &str) -> Result<()> {
 
 /// A token of the API server.
 fn token(scene: &Scene, account: &str, audience: &str, pod: Option<&str>) -> Result<String> {
-    let mut arguments = vec!["-n", "kube-system", "create", "token", account, "--audience", audience];
+    let mut arguments = vec![
+        "-n",
+        "kube-system",
+        "create",
+        "token",
+        account,
+        "--audience",
+        audience,
+    ];
     if let Some(pod) = pod {
         arguments.extend(["--bound-object-kind", "Pod", "--bound-object-name", pod]);
     }
@@ -75,12 +92,37 @@ pub(crate) fn tokens(scene: &mut Scene) -> Result<()> {
 
     refused(scene, "", "node1", "no token")?;
     refused(scene, "nonsense", "node1", "no token at all")?;
-    refused(scene, &token(scene, "mesh-agent", "https://kubernetes.default.svc.cluster.local", Some(&agent))?, "node1", "wrong audience")?;
-    refused(scene, &token(scene, "mesh-agent", AUDIENCE, None)?, "node1", "no node claim")?;
+    refused(
+        scene,
+        &token(
+            scene,
+            "mesh-agent",
+            "https://kubernetes.default.svc.cluster.local",
+            Some(&agent),
+        )?,
+        "node1",
+        "wrong audience",
+    )?;
+    refused(
+        scene,
+        &token(scene, "mesh-agent", AUDIENCE, None)?,
+        "node1",
+        "no node claim",
+    )?;
     refused(scene, &good, "node2", "another node's name")?;
-    let keyd = scene.cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
-    let keyd = keyd["items"][0]["metadata"]["name"].as_str().context("no keyd")?.to_owned();
-    refused(scene, &token(scene, "keyd", AUDIENCE, Some(&keyd))?, "node1", "another service account")?;
+    let keyd = scene
+        .cluster
+        .get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
+    let keyd = keyd["items"][0]["metadata"]["name"]
+        .as_str()
+        .context("no keyd")?
+        .to_owned();
+    refused(
+        scene,
+        &token(scene, "keyd", AUDIENCE, Some(&keyd))?,
+        "node1",
+        "another service account",
+    )?;
 
     // Nobody else noticed.
     scene.cluster.wait_encrypted()?;
@@ -92,7 +134,8 @@ pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
     for verb in ["get", "list", "create", "update"] {
         for resource in ["meshnodes.warren.dev", "nodes", "pods", "secrets"] {
             let who = "--as=system:serviceaccount:kube-system:mesh-agent";
-            let output = cluster.kubectl_output(["auth", "can-i", verb, resource, "-n", "kube-system", who])?;
+            let output =
+                cluster.kubectl_output(["auth", "can-i", verb, resource, "-n", "kube-system", who])?;
             ensure!(!output.status.success(), "an agent may {verb} {resource}");
         }
     }
@@ -107,12 +150,26 @@ pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
     ])?;
     let patch = r#"{"metadata":{"annotations":{"touched":"yes"}}}"#;
     wait_until(PATIENCE, "the admission policy refuses it", || {
-        let output = cluster.kubectl_output(["patch", "meshnode", "node1", "--type=merge", "-p", patch, "--as", who])?;
+        let output = cluster.kubectl_output([
+            "patch",
+            "meshnode",
+            "node1",
+            "--type=merge",
+            "-p",
+            patch,
+            "--as",
+            who,
+        ])?;
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(!output.status.success() && said.contains("only keyd writes"), "{said}");
+        ensure!(
+            !output.status.success() && said.contains("only keyd writes"),
+            "{said}"
+        );
         Ok(())
     })?;
-    cluster.kubectl(["delete", "clusterrolebinding", "editor"]).map(drop)
+    cluster
+        .kubectl(["delete", "clusterrolebinding", "editor"])
+        .map(drop)
 }
 
 pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {

@@ -20,14 +20,20 @@ use scene::Scene;
 type Scenario = (&'static str, fn(&mut Scene) -> Result<()>);
 
 const SCENARIOS: &[Scenario] = &[
-    ("without_encryption_the_capture_sees_the_plaintext", traffic::power_check),
+    (
+        "without_encryption_the_capture_sees_the_plaintext",
+        traffic::power_check,
+    ),
     ("encryption_is_turned_on_by_an_upgrade", traffic::turn_on),
     ("pods_reach_pods_on_other_nodes", traffic::pods_reach_pods),
     ("services_and_dns_work", traffic::services_and_dns),
     ("nodes_and_pods_reach_each_other", traffic::nodes_and_pods),
     ("deleting_an_agent_pod_loses_nothing", failures::agent_pod_deleted),
     ("another_keyd_takes_over", failures::keyd_leader_killed),
-    ("nothing_is_lost_without_keyd_and_api_server", failures::control_plane_gone),
+    (
+        "nothing_is_lost_without_keyd_and_api_server",
+        failures::control_plane_gone,
+    ),
     ("a_node_comes_back_after_a_power_cut", failures::power_cut),
     ("keyd_refuses_tokens_that_prove_nothing", hostile::tokens),
     ("only_keyd_writes_its_objects", hostile::foreign_writes),
@@ -42,15 +48,24 @@ fn main() -> ExitCode {
     }
     // As with `cargo test NAME`; the first two prepare the cluster and always run.
     let wanted = |name: &str| {
-        let mut filters = arguments.iter().filter(|argument| !argument.starts_with('-')).peekable();
+        let mut filters = arguments
+            .iter()
+            .filter(|argument| !argument.starts_with('-'))
+            .peekable();
         filters.peek().is_none() || filters.any(|filter| name.contains(filter.as_str()))
     };
-    let chosen: Vec<_> =
-        SCENARIOS.iter().enumerate().filter(|(i, (name, _))| *i < 2 || wanted(name)).map(|(_, scenario)| scenario).collect();
+    let chosen: Vec<_> = SCENARIOS
+        .iter()
+        .enumerate()
+        .filter(|(i, (name, _))| *i < 2 || wanted(name))
+        .map(|(_, scenario)| scenario)
+        .collect();
     println!("\nrunning {} tests", chosen.len());
     let (passed, failed) = run(&chosen);
     let verdict = if failed == 0 { "ok" } else { "FAILED" };
-    println!("\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out\n");
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out\n"
+    );
     ExitCode::from(u8::from(failed > 0))
 }
 
@@ -65,7 +80,8 @@ fn run(scenarios: &[&Scenario]) -> (usize, usize) {
     let mut passed = 0;
     for (index, (name, scenario)) in scenarios.iter().enumerate() {
         let start = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(|| scenario(&mut scene))).unwrap_or_else(|_| Err(anyhow!("it panicked")));
+        let result = catch_unwind(AssertUnwindSafe(|| scenario(&mut scene)))
+            .unwrap_or_else(|_| Err(anyhow!("it panicked")));
         let seconds = start.elapsed().as_secs_f64();
         match result {
             Ok(()) => {

@@ -29,15 +29,29 @@ pub(crate) struct Scene {
 impl Scene {
     /// A cluster with nothing in it.
     pub(crate) fn start() -> Result<Self> {
-        let cluster = Cluster::start(Options { verbose: true, ..Options::default() })?;
-        Ok(Self { cluster, pods: Vec::new() })
+        let cluster = Cluster::start(Options {
+            verbose: true,
+            ..Options::default()
+        })?;
+        Ok(Self {
+            cluster,
+            pods: Vec::new(),
+        })
     }
 
     /// Starts the pods that all scenarios use.
     pub(crate) fn deploy(&mut self) -> Result<()> {
         let labels = json!({"app": "app"});
-        let nodes: Vec<String> = self.cluster.nodes().iter().map(|node| node.name.clone()).collect();
-        let mut objects: Vec<_> = nodes.iter().map(|node| Cluster::app(&format!("app-{node}"), node, &labels)).collect();
+        let nodes: Vec<String> = self
+            .cluster
+            .nodes()
+            .iter()
+            .map(|node| node.name.clone())
+            .collect();
+        let mut objects: Vec<_> = nodes
+            .iter()
+            .map(|node| Cluster::app(&format!("app-{node}"), node, &labels))
+            .collect();
         let service = |name: &str, kind: &str, port: serde_json::Value| {
             json!({
                 "apiVersion": "v1",
@@ -46,24 +60,39 @@ impl Scene {
                 "spec": {"type": kind, "selector": labels, "ipFamilyPolicy": "RequireDualStack", "ports": [port]},
             })
         };
-        objects.push(service("app", "ClusterIP", json!({"port": 80, "targetPort": PORT})));
-        objects.push(service("app-outside", "NodePort", json!({"port": 80, "targetPort": PORT, "nodePort": NODE_PORT})));
+        objects.push(service(
+            "app",
+            "ClusterIP",
+            json!({"port": 80, "targetPort": PORT}),
+        ));
+        objects.push(service(
+            "app-outside",
+            "NodePort",
+            json!({"port": 80, "targetPort": PORT, "nodePort": NODE_PORT}),
+        ));
         self.cluster.apply(&objects)?;
         self.cluster.wait_pods(PATIENCE)?;
-        self.pods = nodes.iter().map(|node| self.cluster.app_pod(&format!("app-{node}"))).collect::<Result<_>>()?;
+        self.pods = nodes
+            .iter()
+            .map(|node| self.cluster.app_pod(&format!("app-{node}")))
+            .collect::<Result<_>>()?;
         Ok(())
     }
 
     /// Adds a pod and waits until it runs.
     pub(crate) fn add_pod(&self, name: &str, node: &str) -> Result<AppPod> {
-        self.cluster.apply(&[Cluster::app(name, node, &json!({"extra": name}))])?;
-        self.cluster.kubectl(["wait", "--for=condition=Ready", "pod", name, "--timeout=90s"])?;
+        self.cluster
+            .apply(&[Cluster::app(name, node, &json!({"extra": name}))])?;
+        self.cluster
+            .kubectl(["wait", "--for=condition=Ready", "pod", name, "--timeout=90s"])?;
         self.cluster.app_pod(name)
     }
 
     /// Removes it.
     pub(crate) fn remove_pod(&self, pod: &AppPod) -> Result<()> {
-        self.cluster.kubectl(["delete", "pod", &pod.name, "--wait"]).map(drop)
+        self.cluster
+            .kubectl(["delete", "pod", &pod.name, "--wait"])
+            .map(drop)
     }
 
     /// Counts what passes between the nodes.
@@ -74,7 +103,13 @@ impl Scene {
     /// Numbered packets between the first and the second, and the second and the third pod, both families.
     pub(crate) fn start_flows(&self) -> Result<Vec<Process>> {
         let pairs = self.pods.iter().zip(self.pods.iter().skip(1));
-        pairs.flat_map(|(from, to)| to.addresses.iter().map(move |to| from.start_flow((*to, PORT).into()))).collect()
+        pairs
+            .flat_map(|(from, to)| {
+                to.addresses
+                    .iter()
+                    .map(move |to| from.start_flow((*to, PORT).into()))
+            })
+            .collect()
     }
 }
 
@@ -85,8 +120,27 @@ impl Scene {
         let questions: [&[&str]; 4] = [
             &["get", "nodes,pods,svc,meshnodes", "-A", "-o", "wide"],
             &["get", "events", "-A", "--sort-by=.lastTimestamp"],
-            &["logs", "-n", "kube-system", "-l", "app.kubernetes.io/part-of=warren", "--all-containers", "--prefix", "--tail=200"],
-            &["logs", "-n", "kube-system", "-l", "app.kubernetes.io/part-of=warren", "-c", "mesh-agent", "--previous", "--prefix"],
+            &[
+                "logs",
+                "-n",
+                "kube-system",
+                "-l",
+                "app.kubernetes.io/part-of=warren",
+                "--all-containers",
+                "--prefix",
+                "--tail=200",
+            ],
+            &[
+                "logs",
+                "-n",
+                "kube-system",
+                "-l",
+                "app.kubernetes.io/part-of=warren",
+                "-c",
+                "mesh-agent",
+                "--previous",
+                "--prefix",
+            ],
         ];
         for question in questions {
             text += &format!("$ kubectl {}\n", question.join(" "));
@@ -129,14 +183,24 @@ pub(crate) fn answers(from: &AppPod, to: &AppPod) -> Result<()> {
         let at = (*address, PORT).into();
         for size in [64, 1400, 64 << 10] {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
-                let answer = from
-                    .ask(protocol, at, size)
-                    .with_context(|| format!("{} -> {} {address} {protocol:?} {size} bytes", from.name, to.name))?;
-                ensure!(answer.name == to.name, "{} asked {} and {} answered", from.name, to.name, answer.name);
+                let answer = from.ask(protocol, at, size).with_context(|| {
+                    format!("{} -> {} {address} {protocol:?} {size} bytes", from.name, to.name)
+                })?;
+                ensure!(
+                    answer.name == to.name,
+                    "{} asked {} and {} answered",
+                    from.name,
+                    to.name,
+                    answer.name
+                );
             }
         }
         let report = from.ping(*address, 1000)?;
-        ensure!(report.received == report.sent, "{} -> {address}: {report:?}", from.name);
+        ensure!(
+            report.received == report.sent,
+            "{} -> {address}: {report:?}",
+            from.name
+        );
     }
     Ok(())
 }

@@ -26,12 +26,25 @@ pub(crate) fn power_check(scene: &mut Scene) -> Result<()> {
 pub(crate) fn turn_on(scene: &mut Scene) -> Result<()> {
     scene.cluster.upgrade(&["encryption.enabled=true"])?;
     scene.cluster.wait_encrypted()?;
-    let text =
-        scene.cluster.kubectl(["-n", "kube-system", "exec", "ds/mesh-agent", "--", "mesh-agent", "encrypt", "status"])?;
+    let text = scene.cluster.kubectl([
+        "-n",
+        "kube-system",
+        "exec",
+        "ds/mesh-agent",
+        "--",
+        "mesh-agent",
+        "encrypt",
+        "status",
+    ])?;
     ensure!(text.contains("Encryption: WireGuard"), "{text}");
     for node in scene.cluster.nodes() {
         let status = scene.cluster.encrypt_status(&node.name)?;
-        ensure!(status.mismatches.is_empty(), "{}: {:?}", node.name, status.mismatches);
+        ensure!(
+            status.mismatches.is_empty(),
+            "{}: {:?}",
+            node.name,
+            status.mismatches
+        );
     }
     Ok(())
 }
@@ -66,10 +79,14 @@ pub(crate) fn services_and_dns(scene: &mut Scene) -> Result<()> {
             }
         }
         // By itself it takes IPv4 only.
-        for kind in ["a", "aaaa"] {
-            let question = ["nslookup", &format!("-type={kind}"), "app.default.svc.cluster.local"];
-            let found = pod.run(&question.map(String::from))?;
-            ensure!(addresses.iter().any(|address| found.contains(address)), "{kind} from {}: {found}", pod.name);
+        for kind in ["-type=a", "-type=aaaa"] {
+            let question = ["nslookup", kind, "app.default.svc.cluster.local"];
+            let found = scene.cluster.exec(&pod.name, &question)?;
+            ensure!(
+                addresses.iter().any(|address| found.contains(address)),
+                "{kind}, from {}: {found}",
+                pod.name
+            );
         }
     }
     nothing_in_clear(&capture.finish()?)
@@ -78,12 +95,16 @@ pub(crate) fn services_and_dns(scene: &mut Scene) -> Result<()> {
 /// Every pod behind the address answers some question.
 fn everybody_answers(scene: &Scene, from: &AppPod, to: SocketAddr) -> Result<()> {
     let mut missing: Vec<&str> = scene.pods.iter().map(|pod| pod.name.as_str()).collect();
-    wait_until(PATIENCE, &format!("every pod answers {} at {to}", from.name), || {
-        let answer = from.ask(Protocol::Tcp, to, 1400)?;
-        missing.retain(|name| *name != answer.name);
-        ensure!(missing.is_empty(), "{missing:?} have not answered");
-        Ok(())
-    })
+    wait_until(
+        PATIENCE,
+        &format!("every pod answers {} at {to}", from.name),
+        || {
+            let answer = from.ask(Protocol::Tcp, to, 1400)?;
+            missing.retain(|name| *name != answer.name);
+            ensure!(missing.is_empty(), "{missing:?} have not answered");
+            Ok(())
+        },
+    )
 }
 
 pub(crate) fn nodes_and_pods(scene: &mut Scene) -> Result<()> {
@@ -93,7 +114,12 @@ pub(crate) fn nodes_and_pods(scene: &mut Scene) -> Result<()> {
             for address in &pod.addresses {
                 let answer = ask_from(&node.place, Protocol::Tcp, (*address, PORT).into(), 1400, 5000)
                     .with_context(|| format!("{} -> {}", node.name, pod.name))?;
-                ensure!(answer.name == pod.name, "{} answered for {}", answer.name, pod.name);
+                ensure!(
+                    answer.name == pod.name,
+                    "{} answered for {}",
+                    answer.name,
+                    pod.name
+                );
             }
         }
     }
@@ -101,7 +127,11 @@ pub(crate) fn nodes_and_pods(scene: &mut Scene) -> Result<()> {
         for node in 1..=3 {
             for address in node_address(node).both() {
                 let report = pod.ping(address, 1000)?;
-                ensure!(report.received == report.sent, "{} -> node{node} {address}: {report:?}", pod.name);
+                ensure!(
+                    report.received == report.sent,
+                    "{} -> node{node} {address}: {report:?}",
+                    pod.name
+                );
             }
         }
     }
@@ -110,5 +140,11 @@ pub(crate) fn nodes_and_pods(scene: &mut Scene) -> Result<()> {
 
 /// The strings of a JSON array.
 fn texts(value: &Value) -> Vec<String> {
-    value.as_array().into_iter().flatten().filter_map(Value::as_str).map(String::from).collect()
+    value
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(Value::as_str)
+        .map(String::from)
+        .collect()
 }
