@@ -13,6 +13,7 @@ mod paths;
 mod setup;
 mod soak;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -46,6 +47,8 @@ enum Command {
     Deps,
     /// Ten minutes through the tunnel engine, at least four rekeys, nothing may be lost.
     Soak(lab::Passed),
+    /// What needs WireGuard in the kernel, or another kernel, in a virtual machine.
+    Vm(vm::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Deps => deps::run(),
         Command::Soak(passed) => soak::run(&passed),
+        Command::Vm(arguments) => vm::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

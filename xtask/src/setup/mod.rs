@@ -34,6 +34,8 @@ pub(crate) enum Group {
     Peers,
     /// A Kubernetes control plane, kubelet, kube-proxy, CoreDNS, kubectl, helm and the lab's own helpers.
     Kubernetes,
+    /// QEMU and what starts a kernel in it.
+    Vm,
 }
 
 /// Does what is missing.

@@ -50,6 +50,8 @@ impl Group {
                 "runc",
                 "socat",
             ],
+            // virtiofsd comes with qemu-system-common. The kernels themselves are only unpacked, see vm/kernel.rs.
+            Self::Vm => &["busybox-static", "kmod", "qemu-system-x86", "xz-utils"],
         }
     }
 }
