@@ -1,5 +1,6 @@
 //! Hostile nodes: whatever one of them says, it is refused with a clear reason and nothing changes for the others.
 
+#[expect(dead_code, reason = "the lifecycle tests use the rest")]
 mod support;
 
 use support::{Agent, Keyd, channel, foreign_identity, hello, node, node_with, pod};

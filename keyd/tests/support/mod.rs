@@ -308,13 +308,11 @@ impl Agent {
             .ok_or("the stream ended")?;
         match &body {
             Heard::Update(update) => {
-                if self
+                let applied = self
                     .directory
                     .apply(update.clone())
-                    .map_err(|error| error.to_string())?
-                    .is_some()
-                    && self.acknowledge
-                {
+                    .map_err(|error| error.to_string())?;
+                if applied.is_some() && self.acknowledge {
                     let (epoch, version) = self.directory.position();
                     self.stream.send(Say::Applied(Applied { epoch, version })).await;
                 }
