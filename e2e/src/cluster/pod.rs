@@ -85,45 +85,54 @@ impl Cluster {
         let host = host.with_context(|| format!("pod {name} runs on {node}, which is no node"))?;
         let id = container.trim_start_matches("containerd://");
         // The container runs, but its process may not be itself yet.
-        let pid = wait_until(Duration::from_secs(10), &format!("the server of pod {name} runs"), || {
-            host.processes(id, &[binaries::LAB_APP, "serve"])?.first().copied().context("it is not there")
-        })?;
-        let place = Place { pid, kinds: NET, name: format!("pod {name}"), ..host.place.clone() };
-        Ok(AppPod { name: name.to_owned(), node, addresses, place })
+        let pid = wait_until(
+            Duration::from_secs(10),
+            &format!("the server of pod {name} runs"),
+            || {
+                host.processes(id, &[binaries::LAB_APP, "serve"])?
+                    .first()
+                    .copied()
+                    .context("it is not there")
+            },
+        )?;
+        let place = Place {
+            pid,
+            kinds: NET,
+            name: format!("pod {name}"),
+            ..host.place.clone()
+        };
+        Ok(AppPod {
+            name: name.to_owned(),
+            node,
+            addresses,
+            place,
+        })
     }
 }
 
 impl AppPod {
     fn tool(&self, arguments: &[&str]) -> Vec<String> {
         let app = self.place.app.display().to_string();
-        std::iter::once(app).chain(arguments.iter().map(|word| (*word).to_owned())).collect()
+        std::iter::once(app)
+            .chain(arguments.iter().map(|word| (*word).to_owned()))
+            .collect()
     }
 
     /// One question, one answer.
     pub fn ask(&self, protocol: Protocol, to: SocketAddr, size: usize) -> Result<Answer> {
         let protocol = format!("{protocol:?}").to_lowercase();
         let (to, size) = (to.to_string(), size.to_string());
-        let text = self.place.run(self.tool(&[
-            "ask",
-            "--protocol",
-            &protocol,
-            "--to",
-            &to,
-            "--size",
-            &size,
-        ]))?;
+        let text =
+            self.place
+                .run(self.tool(&["ask", "--protocol", &protocol, "--to", &to, "--size", &size]))?;
         serde_json::from_str(&text).with_context(|| format!("not an answer: {text}"))
     }
 
     /// ICMP echo.
     pub fn ping(&self, to: IpAddr, size: usize) -> Result<PingReport> {
-        let text = self.place.run(self.tool(&[
-            "ping",
-            "--to",
-            &to.to_string(),
-            "--size",
-            &size.to_string(),
-        ]))?;
+        let text =
+            self.place
+                .run(self.tool(&["ping", "--to", &to.to_string(), "--size", &size.to_string()]))?;
         serde_json::from_str(&text).with_context(|| format!("not a report: {text}"))
     }
 
