@@ -1,6 +1,7 @@
 //! `warren-cluster`: a real Kubernetes cluster to look around in, and the processes 1 of its nodes.
 
 use std::{
+    io::Write as _,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
@@ -153,13 +154,15 @@ fn status() -> Result<()> {
 }
 
 fn describe(folder: &Path, left: &Left) {
-    println!("cluster {} in {} (logs below it)", left.id, folder.display());
-    println!("  control plane: nsenter -t {} -n", left.control);
+    let mut text = format!("cluster {} in {} (logs below it)\n", left.id, folder.display());
+    text += &format!("  control plane: nsenter -t {} -n\n", left.control);
     for (index, pid) in left.nodes.iter().enumerate() {
-        println!("  node{}:         nsenter -t {pid} -n -m -u -i -p", index + 1);
+        text += &format!("  node{}:         nsenter -t {pid} -n -m -u -i -p\n", index + 1);
     }
-    println!("  pods:          cargo xtask cluster kubectl exec -it POD -- sh");
-    println!("  remove it:     cargo xtask cluster down");
+    text += "  pods:          cargo xtask cluster kubectl exec -it POD -- sh\n";
+    text += "  remove it:     cargo xtask cluster down\n";
+    // A reader that has seen enough (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
 fn kubectl(id: Option<&str>, arguments: &[String]) -> Result<i32> {
