@@ -28,6 +28,9 @@ use crate::{
 /// What is started there ends with the cluster.
 const PID: &[Kind] = &[Kind::Pid];
 
+/// The control plane's processes end with its process 1; files are the machine's: they read the cluster's folder.
+const CONTROL: &[Kind] = &[Kind::Net, Kind::Pid];
+
 /// How long everything may take to go away.
 const END: Duration = Duration::from_secs(60);
 
@@ -132,8 +135,7 @@ impl Shell {
         let file = self.folder.join("control/spec.json");
         fs::write(&file, serde_json::to_vec(&spec)?)?;
         let (process, pid) = self.spawn_init("control", &self.underlay.app, &file)?;
-        // Files and processes are the machine's: the control plane reads the cluster's folder.
-        let place = self.place("control", pid, NET);
+        let place = self.place("control", pid, CONTROL);
         self.connect(
             &place,
             "control",
