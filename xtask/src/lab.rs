@@ -28,7 +28,7 @@ pub(crate) fn lab(passed: &Passed) -> Result<()> {
 fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf])?;
     println!("building (minutes the first time) ...");
-    run(cargo().arg("build"))?;
+    run(cargo().args(["build", "--workspace"]))?;
     start(program, passed)
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn cluster(passed: &Passed) -> Result<()> {
         let plain = passed.arguments.iter().any(|argument| argument == "--no-warren");
         image::build(if plain { &kubernetes } else { &[] }, false)?;
     }
-    run(cargo().args(["build", "--quiet", "-p", "warren-e2e"]))?;
+    run(cargo().args(["build", "--quiet", "--workspace"]))?;
     start("warren-cluster", passed)
 }
 

@@ -1,6 +1,10 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use std::{process::Command, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
 
 use anyhow::{Result, bail};
 
@@ -239,36 +243,62 @@ fn chart() -> Result<Count> {
     Ok(count)
 }
 
+/// Every library, program and test file but those of the labs. The whole workspace is selected each time and targets
+/// are named: another selection of packages would mean other features, and the dependencies once more.
 fn unit() -> Result<Count> {
-    tests(cargo().args(["test", "--workspace", "--exclude", "warren-e2e", "--no-fail-fast"]))
+    let mut names = Vec::new();
+    for package in packages()? {
+        if package != paths::root().join("e2e") {
+            names.extend(test_files(&package)?);
+        }
+    }
+    names.sort();
+    names.dedup();
+    tests(cargo().args(test_arguments(&["--lib", "--bins"], names)))
+}
+
+/// The folders of the workspace's packages.
+fn packages() -> Result<Vec<PathBuf>> {
+    let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
+    let manifests = metadata["packages"].as_array().into_iter().flatten();
+    Ok(manifests
+        .filter_map(|package| Path::new(package["manifest_path"].as_str()?).parent())
+        .map(Path::to_owned)
+        .collect())
+}
+
+fn test_arguments(targets: &[&str], names: Vec<String>) -> Vec<String> {
+    let mut arguments: Vec<String> = ["test", "--workspace", "--no-fail-fast"]
+        .iter()
+        .chain(targets)
+        .map(|argument| (*argument).to_owned())
+        .collect();
+    for name in names {
+        arguments.extend(["--test".to_owned(), name]);
+    }
+    arguments
 }
 
 /// The labs start our programs as processes, so these must have been built.
 fn build() -> Result<()> {
-    execute(cargo().arg("build"))
+    execute(cargo().args(["build", "--workspace"]))
 }
 
 fn stand_alone() -> Result<Count> {
     build()?;
-    let mut arguments = vec![
-        "test".to_owned(),
-        "-p".into(),
-        "warren-e2e".into(),
-        "--no-fail-fast".into(),
-    ];
-    arguments.extend(["--lib".into(), "--bins".into()]);
-    for name in test_files()? {
-        if name != "kubernetes" {
-            arguments.extend(["--test".into(), name]);
-        }
-    }
-    tests(cargo().args(arguments))
+    let mut names = test_files(&paths::root().join("e2e"))?;
+    names.retain(|name| name != "kubernetes");
+    tests(cargo().args(test_arguments(&[], names)))
 }
 
-/// The names of the files in `e2e/tests`.
-fn test_files() -> Result<Vec<String>> {
+/// The names of the test files of a package.
+fn test_files(package: &Path) -> Result<Vec<String>> {
+    let Ok(entries) = std::fs::read_dir(package.join("tests")) else {
+        return Ok(Vec::new());
+    };
     let mut names = Vec::new();
-    for entry in std::fs::read_dir(paths::root().join("e2e/tests"))? {
+    for entry in entries {
         let path = entry?.path();
         if path.extension().is_some_and(|extension| extension == "rs") {
             names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
@@ -280,7 +310,7 @@ fn test_files() -> Result<Vec<String>> {
 
 fn kubernetes() -> Result<Count> {
     image::build(&[], false)?;
-    tests(cargo().args(["test", "-p", "warren-e2e", "--test", "kubernetes"]))
+    tests(cargo().args(test_arguments(&[], vec!["kubernetes".to_owned()])))
 }
 
 /// Runs `cargo test` and adds up what its test binaries say.

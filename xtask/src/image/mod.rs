@@ -61,17 +61,10 @@ pub(crate) fn build(names: &[String], release: bool) -> Result<()> {
         .iter()
         .filter(|(name, ..)| names.is_empty() || names.iter().any(|wanted| wanted == name))
         .collect();
-    let mut packages: Vec<&str> = images
-        .iter()
-        .flat_map(|(_, packages, _)| *packages)
-        .copied()
-        .collect();
-    packages.sort_unstable();
-    packages.dedup();
-    if !packages.is_empty() {
+    if images.iter().any(|(_, packages, _)| !packages.is_empty()) {
+        // The whole workspace: another selection of packages would build the dependencies with other features.
         let mut build = cargo();
-        build.arg("build");
-        build.args(packages.iter().flat_map(|package| ["-p", package]));
+        build.args(["build", "--workspace"]);
         build.args(release.then_some("--release"));
         execute(&mut build)?;
     }

@@ -55,15 +55,24 @@ const PROGRAMS: &[&str] = &[
     "warren-cni",
 ];
 
-/// Tests and examples: package, cargo's arguments, names.
-const TESTS: &[(&str, &[&str], &[&str])] = &[
+/// Tests and examples: cargo's arguments, and the names of what is wanted of it.
+const TESTS: &[(&[&str], &[&str])] = &[
     (
-        "warren-wireguard",
-        &["--example", "kernel_driver", "--test", "driver"],
-        &["kernel_driver", "driver"],
+        &["build", "-p", "warren-wireguard", "--example", "kernel_driver"],
+        &["kernel_driver"],
     ),
-    ("warren-net", &["--test", "routing"], &["routing"]),
-    ("warren-bpf", &["--lib"], &["warren_bpf"]),
+    (
+        &["test", "--no-run", "-p", "warren-wireguard", "--test", "driver"],
+        &["driver"],
+    ),
+    (
+        &["test", "--no-run", "-p", "warren-net", "--test", "routing"],
+        &["routing"],
+    ),
+    (
+        &["test", "--no-run", "-p", "warren-bpf", "--lib"],
+        &["warren_bpf"],
+    ),
 ];
 
 pub(super) fn list() {
@@ -86,14 +95,14 @@ pub(super) fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
 /// Builds everything and returns the script that runs the steps, all of them, also after one has failed.
 pub(super) fn script(steps: &[&Step], results: &Path) -> Result<String> {
     println!("vm: building (minutes the first time) ...");
-    crate::command::run(cargo().args(["build", "--quiet"]))?;
+    crate::command::run(cargo().args(["build", "--quiet", "--workspace"]))?;
     let bin = results.join("bin");
     fs::create_dir(&bin)?;
     for name in PROGRAMS {
         link(&paths::target().join("debug").join(name), &bin.join(name))?;
     }
-    for (package, arguments, names) in TESTS {
-        for (name, executable) in built(package, arguments)? {
+    for (arguments, names) in TESTS {
+        for (name, executable) in built(arguments)? {
             if names.contains(&name.as_str()) {
                 link(&executable, &bin.join(name))?;
             }
@@ -107,7 +116,8 @@ pub(super) fn script(steps: &[&Step], results: &Path) -> Result<String> {
         script: work,
     } in steps
     {
-        writeln!(script, "echo; echo '=== {name}: {about}'; SECONDS=0")?;
+        let title = super::quoted(&[format!("=== {name}: {about}")]);
+        writeln!(script, "echo; echo {title}; SECONDS=0")?;
         writeln!(
             script,
             "if ( {work} ); then verdict=ok; else verdict=FAILED; failed=$((failed + 1)); fi"
@@ -123,18 +133,11 @@ fn link(from: &Path, to: &Path) -> Result<()> {
         .with_context(|| format!("cannot link {} to {}", from.display(), to.display()))
 }
 
-/// Test binaries and examples of a package, by the name of their target.
-fn built(package: &str, arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
+/// What cargo builds with these arguments, by the name of its target.
+fn built(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
     let mut command = cargo();
-    command.args([
-        "test",
-        "--no-run",
-        "--quiet",
-        "--message-format=json",
-        "-p",
-        package,
-    ]);
-    let messages = output(command.args(arguments))?;
+    command.args(arguments).args(["--quiet", "--message-format=json"]);
+    let messages = output(&mut command)?;
     let artifacts = messages.lines().filter_map(|line| {
         let message: Value = serde_json::from_str(line).ok()?;
         let executable = message.get("executable")?.as_str()?;
