@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    command::{cargo, output, relative},
+    command::{cargo, command, output, relative},
     paths,
 };
 
@@ -46,7 +46,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
 /// Every generated file and its content: the CRDs, once for people and once for the chart.
 fn wanted() -> Result<Vec<(PathBuf, String)>> {
     // The types know their schema; this crate does not link them (see main.rs).
-    let text = output(cargo().args(["run", "--quiet", "-p", "warren-crds", "--example", "yaml"]))?;
+    crate::command::run(cargo().args(["build", "--quiet", "--workspace", "--example", "yaml"]))?;
+    let text = output(&mut command(paths::target().join("debug/examples/yaml")))?;
     let mut files = Vec::new();
     for document in text.split("---\n").filter(|document| !document.trim().is_empty()) {
         let name = document
