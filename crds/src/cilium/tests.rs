@@ -634,25 +634,19 @@ fn typed_objects_survive_a_round_trip_and_conditions_keep_their_time() {
     let typed: CiliumNetworkPolicy = serde_json::from_value(object.clone()).unwrap();
     assert_eq!(serde_json::to_value(&typed).unwrap(), object);
     let at = |text: &str| serde_json::from_value::<Time>(json!(text)).unwrap();
-    let first = condition(
-        Validity {
-            valid: true,
-            message: "a".into(),
-        },
-        Some(1),
-        at("2026-01-01T00:00:00Z"),
-        None,
-    );
+    let validity = |valid, message: &str| Validity {
+        valid,
+        message: message.into(),
+    };
+    let first = condition(validity(true, "a"), Some(1), at("2026-01-01T00:00:00Z"), None);
     let second = condition(
-        true,
-        "b".into(),
+        validity(true, "b"),
         Some(2),
         at("2026-01-02T00:00:00Z"),
         Some(&first),
     );
     let third = condition(
-        false,
-        "c".into(),
+        validity(false, "c"),
         Some(3),
         at("2026-01-03T00:00:00Z"),
         Some(&second),

@@ -215,7 +215,10 @@ fn configure(shell: &Shell, folder: &Path, name: &str, number: u8) -> Result<()>
     fs::write(&resolv, "")?;
     fs::write(folder.join("containerd.toml"), config::containerd())?;
     let write = |file: &str, value: &Value| fs::write(folder.join(file), value.to_string());
-    write("cni.conflist", &config::cni(number.is_multiple_of(3), &pod_cidrs(number)))?;
+    write(
+        "cni.conflist",
+        &config::cni(number.is_multiple_of(3), &pod_cidrs(number)),
+    )?;
     write("kubelet.yaml", &config::kubelet(name, &pki, &resolv))?;
     write("proxy.yaml", &config::kube_proxy(name, &pki.join("proxy.conf")))?;
     Ok(())
