@@ -83,6 +83,8 @@ pub(crate) struct Hub {
     /// Of the term: objects that were not believed.
     load_problems: Vec<String>,
     epoch: u64,
+    /// Answered once the source is complete: "does not exist" would be a lie before.
+    questions: Vec<(NodeName, oneshot::Sender<Option<NodeUid>>)>,
     /// Only where objects have a status.
     statuses: Option<(Statuses, tokio::time::Instant)>,
 }
@@ -97,6 +99,7 @@ impl Hub {
     ) -> Self {
         Self {
             epoch,
+            questions: vec![],
             statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
             orders,
@@ -125,6 +128,7 @@ impl Hub {
             for command in batch.drain(..) {
                 self.take(command);
             }
+            self.answer_questions();
             for output in self.core.poll(clock::monotonic_ms()) {
                 if let Output::Close { session, .. } = &output {
                     self.disconnected(*session);
@@ -143,6 +147,9 @@ impl Hub {
         match command {
             Command::Source(event) => {
                 self.end_streams_of_gone_pods(&event);
+                if let SourceEvent::NodeDelete(name) = &event {
+                    self.agents.remove(name);
+                }
                 self.core.handle(now, Event::Source(event));
             }
             Command::SourceProblems(problems) => self.source_problems = problems,
@@ -164,9 +171,17 @@ impl Hub {
                     agent.status = Some(*status);
                 }
             }
-            // The asker may be gone; that is its business.
-            Command::NodeUid(name, reply) => drop(reply.send(self.core.node_uid(&name).cloned())),
+            Command::NodeUid(name, reply) => self.questions.push((name, reply)),
             Command::Report(reply) => drop(reply.send(self.report())),
+        }
+    }
+
+    fn answer_questions(&mut self) {
+        if self.core.is_synced() {
+            for (name, reply) in self.questions.drain(..) {
+                // The asker may be gone; that is its business.
+                let _ = reply.send(self.core.node_uid(&name).cloned());
+            }
         }
     }
 

@@ -85,7 +85,7 @@ impl Metrics {
             self.version.clone(),
         );
         registry.register("epoch", "Leadership term", self.epoch.clone());
-        registry.register("leader", "1 on the leader", self.leader.clone());
+        registry.register("leader", "Whether this keyd leads", self.leader.clone());
         registry
     }
 

@@ -218,8 +218,8 @@ async fn status_tokens_metrics_and_health_are_served() {
     for (path, wanted) in [
         ("/healthz", "ok"),
         ("/readyz", "ready"),
-        ("/metrics", "warren_keyd_leader 1"),
-        ("/metrics", "refused_keys_total 0"),
+        ("/metrics", "\nwarren_keyd_leader 1\n"),
+        ("/metrics", "\nwarren_keyd_refused_keys_total 0\n"),
     ] {
         let mut tcp = tokio::net::TcpStream::connect(&address).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");

@@ -12,17 +12,17 @@ pub const DEFAULT_SOCKET: &str = "/run/warren/keyd.sock";
 
 /// The socket could not be reached.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot reach keyd at {}: {source}; is keyd running, and are you root?", path.display())]
+#[error("cannot reach keyd at {}: {reason}; is keyd running, and are you root?", path.display())]
 pub struct AdminError {
     path: PathBuf,
-    source: std::io::Error,
+    reason: std::io::Error,
 }
 
 /// Connects to keyd's socket.
 pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, AdminError> {
-    let error = |source| AdminError {
+    let error = |reason| AdminError {
         path: path.to_owned(),
-        source,
+        reason,
     };
     // Tried here because an error inside tonic's connector loses the sentence.
     drop(tokio::net::UnixStream::connect(path).await.map_err(error)?);

@@ -1,16 +1,12 @@
 //! The index: events in, outputs out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use warren_model::{
-    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource, SlotKey,
-};
+use warren_model::{ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource};
 
 use crate::{
     endpoints::Endpoints,
-    event::{
-        AgentEvent, CatchUp, EndpointError, Event, Mode, Output, Record, RecordKey, SessionId, SourceEvent,
-    },
+    event::{Event, Mode, Output, Record, RecordKey, SessionId, SourceEvent},
     identities::Identities,
     nodes::Nodes,
     publish::Published,
@@ -18,6 +14,9 @@ use crate::{
     stored::{Object, Recovered, StoredEndpoint, StoredNode},
 };
 
+mod agents;
+mod persist;
+mod replies;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -142,7 +141,6 @@ impl Core {
             settings,
         }
     }
-
     /// Takes one event in. Cheap; the work is done in [`Self::poll`], so that many events make one version.
     pub fn handle(&mut self, now: u64, event: Event) {
         match event {
@@ -150,7 +148,6 @@ impl Core {
             Event::Agent(event) => self.agent(now, event),
         }
     }
-
     fn source(&mut self, now: u64, event: SourceEvent) {
         match event {
             SourceEvent::NodeUpsert(node) => {
@@ -181,7 +178,6 @@ impl Core {
             }
         }
     }
-
     fn node_gone(&mut self, name: &NodeName, what: &str, now: u64) {
         self.endpoints.node_gone(name, &mut self.identities, now);
         self.sessions.forget_node(name);
@@ -190,177 +186,6 @@ impl Core {
             self.close(session, format!("node {name} {what}"), false);
         }
     }
-
-    fn close(&mut self, session: SessionId, reason: String, retry: bool) {
-        if let Some(closed) = self.sessions.close(session) {
-            self.waiting.retain(|waiting| waiting.session != session);
-            self.added.retain(|added| added.session != session);
-            drop(closed);
-        }
-        self.out.push(Output::Close {
-            session,
-            reason,
-            retry,
-        });
-    }
-
-    fn agent(&mut self, now: u64, event: AgentEvent) {
-        match event {
-            AgentEvent::Connected {
-                session,
-                node,
-                uid,
-                datapath,
-                resume,
-            } => {
-                self.connected(session, node, uid, datapath, resume);
-            }
-            AgentEvent::Disconnected(session) => {
-                self.sessions.close(session);
-                self.waiting.retain(|waiting| waiting.session != session);
-                self.added.retain(|added| added.session != session);
-            }
-            AgentEvent::KeyProved { session, slot } => self.key_proved(session, slot, now),
-            AgentEvent::EndpointAdd {
-                session,
-                request_id,
-                pod,
-                addresses,
-            } => {
-                self.endpoint_add(
-                    Added {
-                        session,
-                        request_id,
-                        pod,
-                        addresses,
-                    },
-                    now,
-                );
-            }
-            AgentEvent::EndpointDelete {
-                session,
-                pod,
-                addresses,
-            } => {
-                if let Some(node) = self.sessions.get(session).map(|session| session.node.clone()) {
-                    self.endpoints
-                        .delete(&node, &pod, &addresses, &mut self.identities, now);
-                }
-            }
-            AgentEvent::Applied {
-                session,
-                epoch,
-                version,
-            } => {
-                if epoch == self.settings.epoch {
-                    self.sessions.applied(session, version, self.published.version());
-                }
-            }
-        }
-    }
-
-    fn connected(
-        &mut self,
-        session: SessionId,
-        node: NodeName,
-        uid: NodeUid,
-        datapath: Option<warren_model::Datapath>,
-        resume: (u64, u64),
-    ) {
-        let refusal = match self.nodes.uid(&node) {
-            _ if !self.synced => Some(("keyd is still reading the cluster's objects".to_owned(), true)),
-            None => Some((format!("node {node} does not exist"), false)),
-            Some(known) if *known != uid => Some((
-                format!("node {node} has UID {known} now, not {uid}: enrol it again"),
-                false,
-            )),
-            Some(_) => None,
-        };
-        if let Some((reason, retry)) = refusal {
-            self.counters.refused_streams += 1;
-            return self.out.push(Output::Close {
-                session,
-                reason,
-                retry,
-            });
-        }
-        self.nodes.set_datapath(&node, datapath);
-        if let Some(older) = self.sessions.open(session, node.clone(), resume) {
-            self.close(
-                older,
-                format!("a newer stream of node {node} replaces this one"),
-                false,
-            );
-        }
-    }
-
-    fn key_proved(&mut self, session: SessionId, slot: SlotKey, now: u64) {
-        let Some(node) = self.sessions.get(session).map(|session| session.node.clone()) else {
-            return;
-        };
-        let public_key = slot.public_key;
-        let result = self.nodes.put_key(&node, slot, now);
-        match &result {
-            Ok(()) => drop(self.refusals.remove(&(node, "key"))),
-            Err(reason) => {
-                self.counters.refused_keys += 1;
-                let sentence = format!("node {node} offers a key that is refused: {reason}");
-                self.refusals.insert((node, "key"), (now, sentence));
-            }
-        }
-        self.out.push(Output::KeyResult {
-            session,
-            public_key,
-            result,
-        });
-    }
-
-    /// A key that never got as far as a proof (malformed, low order, wrong proof): shown and counted like the
-    /// others.
-    pub fn key_refused(&mut self, now: u64, node: &NodeName, reason: &str) {
-        self.counters.refused_keys += 1;
-        let sentence = format!("node {node} offers a key that is refused: {reason}");
-        self.refusals.insert((node.clone(), "key"), (now, sentence));
-    }
-
-    fn endpoint_add(&mut self, added: Added, now: u64) {
-        let Some(name) = self
-            .sessions
-            .get(added.session)
-            .map(|session| session.node.clone())
-        else {
-            return;
-        };
-        self.nodes.settle();
-        let result = match self.nodes.checked().get(&name) {
-            Some(node) => self.endpoints.add(node, &added.pod, &added.addresses),
-            None => Err(EndpointError {
-                message: format!("node {name} is not a member"),
-                retry: true,
-            }),
-        };
-        match result {
-            Ok(()) => {
-                self.refusals.remove(&(name, "endpoint"));
-                self.added.push(added);
-            }
-            Err(error) => {
-                self.counters.refused_endpoints += 1;
-                let sentence = format!(
-                    "node {name} reports an endpoint that is refused: {}",
-                    error.message
-                );
-                self.refusals.insert((name, "endpoint"), (now, sentence));
-                let (session, request_id) = (added.session, added.request_id);
-                self.out.push(Output::EndpointResult {
-                    session,
-                    request_id,
-                    result: Err(error),
-                });
-            }
-        }
-    }
-
     /// Brings everything up to date and returns what must be done, in order. Call after one or more events, and
     /// about once a second.
     pub fn poll(&mut self, now: u64) -> Vec<Output> {
@@ -396,72 +221,6 @@ impl Core {
             .retain(|_, (at, _)| now.saturating_sub(*at) < SHOW_REFUSALS_MS);
         std::mem::take(&mut self.out)
     }
-
-    /// Writes what durable parts changed and returns which records may have.
-    fn persist(&mut self) -> BTreeSet<RecordKey> {
-        let mut touched = BTreeSet::new();
-        for name in self.nodes.take_changed() {
-            if let Some(stored) = self.nodes.stored(&name)
-                && self.persisted_nodes.get(&name) != Some(&stored)
-            {
-                self.persisted_nodes.insert(name.clone(), stored.clone());
-                self.out.push(Output::Persist(Object::Node(stored)));
-            }
-            touched.insert(RecordKey::Node(name));
-        }
-        for number in self.identities.take_changed() {
-            let labels = self.identities.labels(number);
-            if labels != self.persisted_identities.get(&number) {
-                let object = match labels {
-                    Some(labels) => Object::Identity(number, labels.clone()),
-                    None => Object::IdentityDelete(number),
-                };
-                match labels.cloned() {
-                    Some(labels) => self.persisted_identities.insert(number, labels),
-                    None => self.persisted_identities.remove(&number),
-                };
-                self.out.push(Output::Persist(object));
-            }
-            touched.insert(RecordKey::Identity(number));
-        }
-        let pods = self.endpoints.take_changed();
-        if self.settings.mode == Mode::StandAlone {
-            self.persist_endpoints(pods);
-        }
-        for address in self.endpoints.take_touched() {
-            if self.settings.config.prefix_source == PrefixSource::PodIp {
-                let now = self.endpoints.workload(address).map(|workload| workload.node);
-                let before = match self.published.records().get(&RecordKey::Workload(address)) {
-                    Some(Record::Workload(workload)) => Some(workload.node.clone()),
-                    _ => None,
-                };
-                touched.extend(now.into_iter().chain(before).map(RecordKey::Node));
-            }
-            touched.insert(RecordKey::Workload(address));
-        }
-        touched
-    }
-
-    fn persist_endpoints(&mut self, pods: BTreeSet<PodRef>) {
-        for pod in pods {
-            let stored = self.endpoints.stored(&pod);
-            if self.persisted_endpoints.get(&pod) == stored.as_ref() {
-                continue;
-            }
-            let object = match stored {
-                Some(stored) => {
-                    self.persisted_endpoints.insert(pod, stored.clone());
-                    Object::Endpoint(stored)
-                }
-                None => {
-                    self.persisted_endpoints.remove(&pod);
-                    Object::EndpointDelete(pod)
-                }
-            };
-            self.out.push(Output::Persist(object));
-        }
-    }
-
     /// The record that a key has now.
     fn current(&self, key: &RecordKey) -> Option<Record> {
         match key {
@@ -473,7 +232,6 @@ impl Core {
             RecordKey::Workload(address) => self.endpoints.workload(*address).map(Record::Workload),
         }
     }
-
     fn node_record(&self, name: &NodeName) -> Option<NodeRecord> {
         let mut record = self.nodes.checked().get(name)?.clone();
         if self.settings.config.prefix_source == PrefixSource::PodIp {
@@ -483,143 +241,22 @@ impl Core {
         }
         Some(record)
     }
-
-    /// Catches new streams up.
-    fn greet(&mut self) {
-        let version = self.published.version();
-        for (session, node, (epoch, resume)) in self.sessions.take_new() {
-            let increment = (epoch == self.settings.epoch)
-                .then(|| self.published.since(resume))
-                .flatten();
-            let from = increment.map_or(CatchUp::Snapshot, CatchUp::Increment);
-            self.out.push(Output::CatchUp {
-                session,
-                node,
-                version,
-                from,
-            });
-        }
-    }
-
-    /// Decides for every ADD of this round whether its addresses are free of their former owners.
-    fn answer_added(&mut self, now: u64) {
-        let acknowledged = self.sessions.acknowledged();
-        for Added {
-            session,
-            request_id,
-            pod,
-            addresses,
-        } in std::mem::take(&mut self.added)
-        {
-            let owned = self.endpoints.owns_all(&pod, &addresses);
-            let identity = self
-                .endpoints
-                .identity_of(&pod)
-                .filter(|identity| owned && *identity != IdentityId::UNKNOWN);
-            let Some(identity) = identity else {
-                let message = format!("pod {pod} lost its address or has no identity: try again");
-                let result = Err(EndpointError { message, retry: true });
-                self.out.push(Output::EndpointResult {
-                    session,
-                    request_id,
-                    result,
-                });
-                continue;
-            };
-            match self
-                .published
-                .retired_at(&addresses)
-                .filter(|version| *version > acknowledged)
-            {
-                None => self.out.push(Output::EndpointResult {
-                    session,
-                    request_id,
-                    result: Ok(identity),
-                }),
-                Some(version) => {
-                    let deadline = now + self.settings.acknowledge_ms;
-                    self.waiting.push(Waiting {
-                        session,
-                        request_id,
-                        identity,
-                        version,
-                        deadline,
-                    });
-                }
-            }
-        }
-    }
-
-    fn answer_waiting(&mut self, now: u64) {
-        if let Some(version) = self
-            .waiting
-            .iter()
-            .filter(|w| w.deadline <= now)
-            .map(|w| w.version)
-            .max()
-        {
-            for session in self.sessions.mark_laggards(version) {
-                let reason = format!("version {version} was not acknowledged in time: reconnect");
-                self.close_laggard(session, reason);
-            }
-        }
-        let acknowledged = self.sessions.acknowledged();
-        let out = &mut self.out;
-        self.waiting.retain(|waiting| {
-            let Waiting {
-                session,
-                request_id,
-                identity,
-                version,
-                deadline,
-            } = *waiting;
-            if version <= acknowledged && deadline > now {
-                out.push(Output::EndpointResult {
-                    session,
-                    request_id,
-                    result: Ok(identity),
-                });
-                return false;
-            }
-            if deadline <= now {
-                let message = "another node has not acknowledged that the address has a new owner".to_owned();
-                let result = Err(EndpointError { message, retry: true });
-                out.push(Output::EndpointResult {
-                    session,
-                    request_id,
-                    result,
-                });
-            }
-            deadline > now
-        });
-        self.published.forget_retired(acknowledged);
-    }
-
-    /// Ends a laggard's stream; its own waiting requests stay answered.
-    fn close_laggard(&mut self, session: SessionId, reason: String) {
-        self.sessions.close(session);
-        self.out.push(Output::Close {
-            session,
-            reason,
-            retry: true,
-        });
-    }
-
     /// Everything that is published.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
         self.published.records().values()
     }
-
     /// Published version; 0 before the first.
     pub fn version(&self) -> u64 {
         self.published.version()
     }
-
+    /// Whether the source has told everything once.
+    pub fn is_synced(&self) -> bool {
+        self.synced
+    }
     /// The UID under which a node exists now; `None` also before [`SourceEvent::Synced`].
     pub fn node_uid(&self, name: &NodeName) -> Option<&NodeUid> {
         self.synced.then(|| self.nodes.uid(name)).flatten()
     }
-
     /// One sentence per thing that is wrong.
     pub fn problems(&self) -> Vec<String> {
         let mut out = self.nodes.problems();
@@ -628,12 +265,10 @@ impl Core {
         out.extend(self.sessions.problems());
         out
     }
-
     /// What was refused.
     pub fn counters(&self) -> Counters {
         self.counters
     }
-
     /// (identities, workloads) that exist.
     pub fn sizes(&self) -> (usize, usize) {
         let workloads = self

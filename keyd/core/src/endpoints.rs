@@ -3,17 +3,19 @@
 //! An *instance* is a living pod with a UID. It holds addresses that the API's status names (Kubernetes) or that the
 //! agent of its node reported (CNI ADD). An address has one owner: the first living instance that may have it.
 
+mod admission;
+mod settle;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
 };
 
-use warren_model::{ClusterConfig, IdentityId, NodeName, NodeRecord, PodRef, PrefixSource, WorkloadRecord};
+use warren_model::{ClusterConfig, IdentityId, NodeName, PodRef, WorkloadRecord};
 
 use crate::{
-    event::{EndpointError, Mode, Namespace, Pod},
+    event::{Mode, Namespace, Pod},
     identities::Identities,
-    labels::workload_labels,
     stored::StoredEndpoint,
 };
 
@@ -94,22 +96,18 @@ impl Endpoints {
         }
         out
     }
-
     pub(crate) fn upsert_namespace(&mut self, namespace: Namespace) {
         self.touch_namespace(&namespace.name);
         self.namespaces.insert(namespace.name.clone(), namespace);
     }
-
     pub(crate) fn delete_namespace(&mut self, name: &str) {
         self.namespaces.remove(name);
         self.touch_namespace(name);
     }
-
     fn touch_namespace(&mut self, name: &str) {
         let refs = self.instances.keys().filter(|pod| pod.namespace == name).cloned();
         self.dirty.extend(refs);
     }
-
     pub(crate) fn upsert_pod(&mut self, pod: Pod, identities: &mut Identities, now: u64) {
         let key = (pod.namespace.clone(), pod.name.clone());
         if self.mode == Mode::Kubernetes {
@@ -118,7 +116,6 @@ impl Endpoints {
         self.pods.insert(key.clone(), pod);
         self.touch_pod(&key);
     }
-
     /// In Kubernetes an instance lives exactly as long as its Pod object runs.
     fn follow_api(&mut self, pod: &Pod, identities: &mut Identities, now: u64) {
         let key = (pod.namespace.clone(), pod.name.clone());
@@ -151,7 +148,6 @@ impl Endpoints {
             instance.status = pod.addresses.iter().copied().collect();
         }
     }
-
     pub(crate) fn delete_pod(&mut self, key: &(String, String), identities: &mut Identities, now: u64) {
         self.pods.remove(key);
         match self.mode {
@@ -163,12 +159,10 @@ impl Endpoints {
             Mode::StandAlone => self.touch_pod(key),
         }
     }
-
     fn touch_pod(&mut self, key: &(String, String)) {
         let refs = self.instances_of(key);
         self.dirty.extend(refs);
     }
-
     fn instances_of(&self, (namespace, name): &(String, String)) -> Vec<PodRef> {
         let from = PodRef {
             namespace: namespace.clone(),
@@ -181,7 +175,6 @@ impl Endpoints {
             .cloned()
             .collect()
     }
-
     /// Another incarnation of a node, or none: nothing it reported holds any more.
     pub(crate) fn node_gone(&mut self, node: &NodeName, identities: &mut Identities, now: u64) {
         let of_node: Vec<_> = self
@@ -203,7 +196,6 @@ impl Endpoints {
             }
         }
     }
-
     /// After the first complete view: stored endpoints of nodes that are gone go too.
     pub(crate) fn synced(
         &mut self,
@@ -221,130 +213,10 @@ impl Endpoints {
         }
         self.nodes_changed();
     }
-
     /// Prefixes of nodes changed: who may have which address is open again.
     pub(crate) fn nodes_changed(&mut self) {
         self.dirty.extend(self.instances.keys().cloned());
     }
-
-    /// CNI ADD on `node`.
-    pub(crate) fn add(
-        &mut self,
-        node: &NodeRecord,
-        pod: &PodRef,
-        addresses: &[IpAddr],
-    ) -> Result<(), EndpointError> {
-        let refuse = |message: String, retry| Err(EndpointError { message, retry });
-        if pod.namespace.is_empty() || pod.name.is_empty() || pod.uid.is_empty() {
-            return refuse("the pod's namespace, name or UID is empty".into(), false);
-        }
-        if addresses.is_empty() || addresses.len() > MAX_ADDRESSES {
-            return refuse(
-                format!(
-                    "pod {pod} has {} addresses: 1 to {MAX_ADDRESSES} are expected",
-                    addresses.len()
-                ),
-                false,
-            );
-        }
-        self.may_run(&node.name, pod)?;
-        for address in addresses {
-            if let Err(message) = self.admissible(*address, node) {
-                return refuse(format!("pod {pod}: {message}"), false);
-            }
-            match self.owners.get(address).filter(|owner| *owner != pod) {
-                Some(owner)
-                    if self
-                        .instances
-                        .get(owner)
-                        .is_some_and(|other| other.node != node.name) =>
-                {
-                    return refuse(
-                        format!("address {address} belongs to the living pod {owner} on another node"),
-                        true,
-                    );
-                }
-                _ => {}
-            }
-        }
-        for address in addresses {
-            // The node gives its addresses out: a newer ADD there means that the older pod is done with it.
-            if let Some(older) = self.owners.get(address).filter(|owner| *owner != pod).cloned() {
-                self.release(&older, *address);
-            }
-        }
-        let instance = self
-            .instances
-            .entry(pod.clone())
-            .or_insert_with(|| Instance::new(node.name.clone()));
-        for address in addresses {
-            instance.reported.insert(*address);
-            instance.released.remove(address);
-        }
-        self.dirty.insert(pod.clone());
-        self.changed.insert(pod.clone());
-        Ok(())
-    }
-
-    /// Whether this pod may run on this node at all.
-    fn may_run(&self, node: &NodeName, pod: &PodRef) -> Result<(), EndpointError> {
-        let refuse = |message: String, retry| Err(EndpointError { message, retry });
-        let key = (pod.namespace.clone(), pod.name.clone());
-        let known = self.pods.get(&key);
-        if let Some(other) = self.instances_of(&key).into_iter().find(|other| {
-            (self.mode == Mode::StandAlone || other.uid == pod.uid) && self.instances[other].node != *node
-        }) {
-            let home = &self.instances[&other].node;
-            return refuse(format!("pod {pod} already runs on node {home}"), true);
-        }
-        match (self.mode, known) {
-            (Mode::Kubernetes, None) => refuse(format!("pod {pod} is not known yet"), true),
-            (Mode::StandAlone, None) => Ok(()),
-            (_, Some(known)) => {
-                let uid_differs = known.uid.as_ref().is_some_and(|uid| *uid != pod.uid);
-                match &known.node {
-                    Some(home) if home != node => refuse(
-                        format!("pod {pod} is scheduled on node {home}, not on {node}"),
-                        false,
-                    ),
-                    None if self.mode == Mode::Kubernetes => {
-                        refuse(format!("pod {pod} is not scheduled yet"), true)
-                    }
-                    _ if uid_differs => refuse(format!("pod {pod} has another UID than {}", pod.uid), true),
-                    _ if known.host_network => refuse(
-                        format!("pod {pod} uses the host's network: it has no endpoint"),
-                        false,
-                    ),
-                    _ if known.finished && self.mode == Mode::Kubernetes => {
-                        refuse(format!("pod {pod} has finished"), false)
-                    }
-                    _ => Ok(()),
-                }
-            }
-        }
-    }
-
-    /// Whether any pod of this node may have this address.
-    fn admissible(&self, address: IpAddr, node: &NodeRecord) -> Result<(), String> {
-        match self.config.prefix_source {
-            PrefixSource::PodCidr if node.prefixes.iter().any(|prefix| prefix.contains(&address)) => Ok(()),
-            PrefixSource::PodCidr => Err(format!(
-                "address {address} is not inside the podCIDRs of node {}",
-                node.name
-            )),
-            PrefixSource::PodIp => {
-                let inside = |list: &[ipnet::IpNet]| list.iter().any(|prefix| prefix.contains(&address));
-                if !inside(&self.config.pod_pools) {
-                    return Err(format!("address {address} lies outside podPools"));
-                }
-                if inside(&self.config.node_pools) || inside(&self.config.service_cidrs) {
-                    return Err(format!("address {address} is reserved for nodes or services"));
-                }
-                Ok(())
-            }
-        }
-    }
-
     /// CNI DEL on `node`; deleting what is absent is fine.
     pub(crate) fn delete(
         &mut self,
@@ -371,7 +243,6 @@ impl Endpoints {
             self.drop_instance(pod, identities, now);
         }
     }
-
     fn release(&mut self, pod: &PodRef, address: IpAddr) {
         if let Some(instance) = self.instances.get_mut(pod) {
             instance.reported.remove(&address);
@@ -383,7 +254,6 @@ impl Endpoints {
         }
         self.disown(pod, address);
     }
-
     fn disown(&mut self, pod: &PodRef, address: IpAddr) {
         if self.owners.get(&address) != Some(pod) {
             return;
@@ -398,7 +268,6 @@ impl Endpoints {
         // Somebody may be waiting for exactly this address.
         self.dirty.extend(self.unsettled.keys().cloned());
     }
-
     fn drop_instance(&mut self, pod: &PodRef, identities: &mut Identities, now: u64) {
         let owned: Vec<_> = match self.instances.get(pod) {
             Some(instance) => instance.wanted().into_iter().collect(),
@@ -414,124 +283,9 @@ impl Endpoints {
         self.dirty.remove(pod);
         self.changed.insert(pod.clone());
     }
-
-    /// Brings ownership and identities of everything that changed up to date.
-    pub(crate) fn settle(
-        &mut self,
-        nodes: &BTreeMap<NodeName, NodeRecord>,
-        identities: &mut Identities,
-        now: u64,
-    ) {
-        // Releasing can make others dirty; a few rounds settle that.
-        while !self.dirty.is_empty() {
-            for pod in std::mem::take(&mut self.dirty) {
-                self.settle_addresses(&pod, nodes);
-                self.settle_identity(&pod, identities, now);
-            }
-        }
-    }
-
-    fn settle_addresses(&mut self, pod: &PodRef, nodes: &BTreeMap<NodeName, NodeRecord>) {
-        let Some(instance) = self.instances.get(pod) else {
-            return;
-        };
-        let (node, wanted) = (instance.node.clone(), instance.wanted());
-        let record = nodes.get(&node);
-        let mut fault = None;
-        let mut allowed = BTreeSet::new();
-        for address in wanted {
-            let admissible = match record {
-                Some(record) => self.admissible(address, record),
-                None => Err(format!("node {node} is not a member")),
-            };
-            match (
-                admissible,
-                self.owners.get(&address).filter(|owner| *owner != pod),
-            ) {
-                (Err(reason), _) => fault = Some(format!("pod {pod}: {reason}")),
-                (Ok(()), Some(owner)) => {
-                    fault = Some(format!(
-                        "pod {pod}: address {address} belongs to the living pod {owner}"
-                    ));
-                }
-                (Ok(()), None) => {
-                    allowed.insert(address);
-                }
-            }
-        }
-        let owned: BTreeSet<_> = self
-            .by_node
-            .get(&node)
-            .into_iter()
-            .flatten()
-            .filter(|ip| self.owners.get(ip) == Some(pod))
-            .copied()
-            .collect();
-        for address in owned.difference(&allowed) {
-            self.disown(pod, *address);
-        }
-        for address in allowed.difference(&owned) {
-            self.owners.insert(*address, pod.clone());
-            self.by_node.entry(node.clone()).or_default().insert(*address);
-            self.touched.insert(*address);
-        }
-        match fault {
-            Some(fault) => self.unsettled.insert(pod.clone(), fault),
-            None => self.unsettled.remove(pod),
-        };
-    }
-
-    fn settle_identity(&mut self, pod: &PodRef, identities: &mut Identities, now: u64) {
-        let Some(instance) = self.instances.get(pod) else {
-            return;
-        };
-        let owned: Vec<_> = instance
-            .wanted()
-            .into_iter()
-            .filter(|ip| self.owners.get(ip) == Some(pod))
-            .collect();
-        let old = instance.identity;
-        let new = if owned.is_empty() {
-            IdentityId::UNKNOWN
-        } else {
-            self.identity(pod, &instance.node, identities)
-        };
-        if !owned.is_empty() {
-            self.exhausted |= new == IdentityId::UNKNOWN;
-        }
-        identities.release(old, now);
-        if let Some(instance) = self.instances.get_mut(pod) {
-            instance.identity = new;
-        }
-        if old != new {
-            self.touched.extend(owned);
-        }
-    }
-
-    /// Acquires the identity of an instance.
-    fn identity(&self, pod: &PodRef, node: &NodeName, identities: &mut Identities) -> IdentityId {
-        let known = self
-            .pods
-            .get(&(pod.namespace.clone(), pod.name.clone()))
-            .filter(|known| {
-                known.uid.as_ref().is_none_or(|uid| *uid == pod.uid)
-                    && known.node.as_ref().is_none_or(|home| home == node)
-            });
-        match known {
-            None => IdentityId::INIT,
-            Some(known) if known.mirror => IdentityId::UNMANAGED,
-            Some(known) => {
-                let namespace = self.namespaces.get(&known.namespace);
-                let labels = workload_labels(known, namespace, &self.config.cluster_name);
-                identities.acquire(&labels).unwrap_or(IdentityId::UNKNOWN)
-            }
-        }
-    }
-
     pub(crate) fn identity_of(&self, pod: &PodRef) -> Option<IdentityId> {
         self.instances.get(pod).map(|instance| instance.identity)
     }
-
     pub(crate) fn workload(&self, address: IpAddr) -> Option<WorkloadRecord> {
         let pod = self.owners.get(&address)?;
         let instance = self.instances.get(pod)?;
@@ -542,26 +296,21 @@ impl Endpoints {
             pod: pod.clone(),
         })
     }
-
     /// Addresses owned on a node, sorted.
     pub(crate) fn addresses_of(&self, node: &NodeName) -> impl Iterator<Item = IpAddr> + '_ {
         self.by_node.get(node).into_iter().flatten().copied()
     }
-
     pub(crate) fn owns_all(&self, pod: &PodRef, addresses: &[IpAddr]) -> bool {
         addresses
             .iter()
             .all(|address| self.owners.get(address) == Some(pod))
     }
-
     pub(crate) fn take_touched(&mut self) -> BTreeSet<IpAddr> {
         std::mem::take(&mut self.touched)
     }
-
     pub(crate) fn take_changed(&mut self) -> BTreeSet<PodRef> {
         std::mem::take(&mut self.changed)
     }
-
     pub(crate) fn stored(&self, pod: &PodRef) -> Option<StoredEndpoint> {
         let instance = self.instances.get(pod)?;
         let addresses = instance.reported.iter().copied().collect();
@@ -571,7 +320,6 @@ impl Endpoints {
             addresses,
         })
     }
-
     pub(crate) fn problems(&self) -> impl Iterator<Item = String> + '_ {
         let exhausted = self.exhausted.then(|| {
             "all identity numbers are taken: some pods match no policy; use fewer distinct label sets"
