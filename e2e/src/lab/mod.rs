@@ -42,7 +42,7 @@ use warren_model::{ClusterConfig, PrefixSource};
 pub use self::{
     cni::MainPlugin,
     node::{AGENT_SOCKET, KEYD_SOCKET, Node},
-    options::LabOptions,
+    options::{DATAPATH_VARIABLE, LabOptions},
     pod::{Flow, PORT, Pod, PodSpec, ask_from, ping_from},
     process::{Place, Process},
     running::{RunningLab, running},

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use warren_agent_api::{AgentStatus, EncryptStatus};
-use warren_model::PrefixSource;
+use warren_model::{Datapath, DatapathChoice, PrefixSource};
 
 use super::{
     Shared, binaries,
@@ -392,6 +392,12 @@ impl Node {
                     let known = status.peers.iter().filter(|peer| peer.node.is_some()).count();
                     ensure!(known == peers, "{known} peers");
                     ensure!(status.enabled, "{:?}", status.mismatches);
+                    let wanted = match self.shared.config.datapath {
+                        DatapathChoice::Auto => status.datapath,
+                        DatapathChoice::Kernel => Datapath::Kernel,
+                        DatapathChoice::Userspace => Datapath::Userspace,
+                    };
+                    ensure!(status.datapath == wanted, "its datapath is {:?}", status.datapath);
                 }
                 Ok(Ok(()))
             },

@@ -4,6 +4,9 @@ use warren_model::{ClusterConfig, DatapathChoice, PrefixSource};
 
 use super::{cni::MainPlugin, net};
 
+/// Chooses the datapath of labs that do not name one: `auto`, `kernel` or `userspace` (the default).
+pub const DATAPATH_VARIABLE: &str = "WARREN_LAB_DATAPATH";
+
 /// What lab to build.
 #[derive(Debug, Clone)]
 pub struct LabOptions {
@@ -13,6 +16,8 @@ pub struct LabOptions {
     pub encryption: bool,
     /// Where pod prefixes come from.
     pub prefix_source: PrefixSource,
+    /// What moves the nodes' packets.
+    pub datapath: DatapathChoice,
     /// Run `keyd` and the agents, and chain `warren-cni`. Without, the lab is a plain routed cluster.
     pub warren: bool,
     /// The plugin of node 1, 2, ...; repeated when there are more nodes. `podIP` labs always use `ptp`.
@@ -27,10 +32,23 @@ impl Default for LabOptions {
             nodes: 3,
             encryption: true,
             prefix_source: PrefixSource::PodCidr,
+            datapath: datapath_from_environment(),
             warren: true,
             plugins: vec![MainPlugin::Ptp, MainPlugin::Bridge],
             tune: |_| {},
         }
+    }
+}
+
+/// # Panics
+/// Where the variable holds anything else: a lab on another datapath than the asked one proves nothing.
+fn datapath_from_environment() -> DatapathChoice {
+    let value = std::env::var_os(DATAPATH_VARIABLE).unwrap_or_else(|| "userspace".into());
+    match value.to_str() {
+        Some("auto") => DatapathChoice::Auto,
+        Some("kernel") => DatapathChoice::Kernel,
+        Some("userspace") => DatapathChoice::Userspace,
+        _ => panic!("{DATAPATH_VARIABLE} is {value:?}: use auto, kernel or userspace"),
     }
 }
 
@@ -45,7 +63,7 @@ impl LabOptions {
             node_pools: net::node_pools().to_vec(),
             service_cidrs: Vec::new(),
             prefix_source: options.prefix_source,
-            datapath: DatapathChoice::Userspace,
+            datapath: options.datapath,
             wireguard_port: 51871,
             keyd_port: 4250,
             apiserver_port: 6443,

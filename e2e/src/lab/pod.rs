@@ -5,6 +5,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     process::Stdio,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -17,6 +18,7 @@ use super::{
     net::DualStack,
     node::Node,
     process::{ALL, Place, Process},
+    wait::patient,
 };
 use crate::app::{
     ask::Protocol,
@@ -214,9 +216,11 @@ impl Pod {
     pub fn transfer_port(&self, to: SocketAddr, bytes: u64) -> Result<TransferReport> {
         let to = to.to_string();
         let app = self.node.app();
+        let timeout = patient(Duration::from_secs(20)).as_millis().to_string();
+        let command = ["--bytes", &bytes.to_string(), "--timeout", &timeout];
         let text = self
             .place()
-            .run([&app, "transfer", "--to", &to, "--bytes", &bytes.to_string()])?;
+            .run([app.as_str(), "transfer", "--to", &to].into_iter().chain(command))?;
         Ok(serde_json::from_str(&text)?)
     }
 
@@ -330,7 +334,7 @@ pub fn ask_from(
         "--size",
         &size.to_string(),
         "--timeout",
-        &timeout_ms.to_string(),
+        &patient(Duration::from_millis(timeout_ms)).as_millis().to_string(),
     ])?;
     Ok(serde_json::from_str(&text)?)
 }
@@ -347,6 +351,8 @@ pub fn ping_from(place: &Place, to: IpAddr, count: u16, size: usize) -> Result<P
         &count.to_string(),
         "--size",
         &size.to_string(),
+        "--timeout",
+        &patient(Duration::from_secs(3)).as_millis().to_string(),
     ])?;
     Ok(serde_json::from_str(&text)?)
 }

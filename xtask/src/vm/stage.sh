@@ -6,6 +6,9 @@ mount -t sysfs sysfs /sys
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=1777 shm /dev/shm
+for name in fd:/proc/self/fd stdin:fd/0 stdout:fd/1 stderr:fd/2; do
+    ln -s "${name#*:}" "/dev/${name%%:*}"
+done
 mount -t tmpfs -o mode=755 run /run
 mount -t tmpfs -o size=60%,mode=1777 tmp /tmp
 mount -t cgroup2 cgroup2 /sys/fs/cgroup

@@ -18,6 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::IpNet;
 use warren_model::{PrivateKey, PublicKey};
 
+pub mod changes;
 pub mod traffic;
 
 /// How long a condition may take before a test gives up on it.
@@ -35,6 +36,8 @@ pub enum Engine {
     WireguardGo,
     /// `boringtun-cli`.
     BoringtunCli,
+    /// The kernel's own, where it has one.
+    Kernel,
 }
 
 impl Engine {
@@ -182,7 +185,7 @@ impl Lab {
         namespace.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"))?;
         namespace.ip("link set eth0 up")?;
         let device = match engine {
-            Engine::Warren(..) => "warren0".to_owned(),
+            Engine::Warren(..) | Engine::Kernel => "warren0".to_owned(),
             _ => "wgtest0".to_owned(),
         };
         let run_dir = tempfile::Builder::new()
@@ -217,6 +220,10 @@ impl Lab {
 impl Node {
     /// Starts the engine and waits until its device can be configured.
     pub fn start(&mut self) -> Result<()> {
+        if matches!(self.engine, Engine::Kernel) {
+            let make = format!("link add {} type wireguard", self.device);
+            return self.namespace.ip(&make).map(drop);
+        }
         let dir = self.run_dir.path().display().to_string();
         // wireguard-go and boringtun-cli always use /var/run/wireguard, and so does wg.
         let script = format!("mkdir -p /run/wireguard && mount --bind {dir} /run/wireguard && exec \"$@\"");
@@ -265,6 +272,7 @@ impl Node {
                     &self.device,
                 ]);
             }
+            Engine::Kernel => {}
         }
         command.stdin(Stdio::null());
         if std::env::var_os("RUST_LOG").is_none() {
@@ -412,6 +420,10 @@ impl Node {
 
     /// Runs a program as a person on the node would, with the engine's sockets in sight.
     pub fn exec(&self, arguments: &[&str]) -> Result<Output> {
+        if matches!(self.engine, Engine::Kernel) {
+            let prefix = ["netns", "exec", self.namespace.name()];
+            return run("ip", prefix.iter().chain(arguments));
+        }
         let pid = self.engine_pid()?.to_string();
         run("nsenter", ["-t", &pid, "-n", "-m"].iter().chain(arguments))
     }
