@@ -4,10 +4,7 @@ use std::fs;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
-use warren_e2e::{
-    cluster::hello::Heard,
-    lab::{net::node_address, wait::wait_until},
-};
+use warren_e2e::{cluster::hello::Heard, lab::wait::wait_until};
 
 use crate::scene::{PATIENCE, Scene, answers};
 
@@ -30,7 +27,14 @@ fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
     )?;
     fs::write(&file, token)?;
     let tool = scene.cluster.folder().join("bin/warren-cluster");
-    let mut keyd = format!("{}:4250", node_address(1).v4);
+    // Any of them will do: it names the leader.
+    let pods = scene
+        .cluster
+        .get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
+    let host = pods["items"][0]["status"]["hostIP"]
+        .as_str()
+        .context("no keyd runs")?;
+    let mut keyd = format!("{host}:4250");
     for _ in 0..3 {
         let command = [
             tool.display().to_string(),
