@@ -62,15 +62,8 @@ mod tests {
 
     #[test]
     fn a_mesh_node_has_a_status_subresource_and_a_short_name() {
-        let crd = serde_json::to_value(MeshNode::crd_for_test()).unwrap();
+        let crd = serde_json::to_value(MeshNode::crd()).unwrap();
         assert_eq!(crd["spec"]["names"]["shortNames"][0], "mn");
         assert!(crd["spec"]["versions"][0]["subresources"]["status"].is_object());
-    }
-}
-
-#[cfg(test)]
-impl MeshNode {
-    fn crd_for_test() -> CustomResourceDefinition {
-        <Self as kube::CustomResourceExt>::crd()
     }
 }
