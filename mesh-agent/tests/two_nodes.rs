@@ -38,6 +38,9 @@ fn pods_talk_through_the_tunnel_and_the_agent_may_die() {
         assert!(status.enabled, "{:?}", status.mismatches);
         assert_eq!(status.peers.len(), 1);
         assert!(status.peers[0].last_handshake_seconds.is_some());
+        // Nothing is configured: a kernel with WireGuard must be used.
+        let kernel = std::path::Path::new("/sys/module/wireguard").exists();
+        assert_eq!(status.datapath == warren_model::Datapath::Kernel, kernel);
     }
 
     mesh.nodes[0].kill_agent();

@@ -39,7 +39,7 @@ pub(crate) fn try_run(command: &str) -> Output {
 
 /// Waits for a condition, which is what the test is about: the limit is only there to end a broken run.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(120);
     while !condition() {
         assert!(Instant::now() < end, "{what}: did not come");
         std::thread::sleep(Duration::from_millis(50));

@@ -39,6 +39,12 @@ const STEPS: &[Step] = &[
         script: "$BIN/warren_bpf --test-threads=2",
     },
     Step {
+        name: "agent",
+        about: "two agents that find the kernel's WireGuard by themselves; one is killed",
+        // One of them at a time, and not those that end the tunnel's process: there is none.
+        script: "$BIN/two_nodes --test-threads=1 pods_talk",
+    },
+    Step {
         name: "demo",
         about: "the stand-alone lab on the kernel's WireGuard: capture, an agent killed under traffic",
         script: "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/warren-demo --json $WARREN_VM_RESULTS/demo.json",
