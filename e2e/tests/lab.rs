@@ -33,8 +33,9 @@ fn a_plain_lab_carries_everything_in_clear() -> Result<()> {
             ensure!(near.transfer(to, 4 << 20)?.corrupt_at.is_none());
             let flow = near.flow(to, 1000)?;
             let before = capture.counts().plaintext;
+            // Stragglers of the transfer are seen as well: wait for more than the flow must have sent.
             wait_for(Duration::from_secs(10), "the flow is seen", || {
-                capture.counts().plaintext > before + 200
+                capture.counts().plaintext > before + 500
             })?;
             let report = flow.finish()?;
             ensure!(

@@ -81,6 +81,14 @@ async fn handshakes_and_traffic_are_reported() -> Result<()> {
     ping(a, b.inner_v4(), 1000)?;
     for (node, other) in [(a, b), (b, a)] {
         let driver = Userspace::new(node.run_dir());
+        // A packet is counted after it was handed on, so the answer may be here before its count.
+        let counted = async {
+            while driver.stats("warren0").await?.received_packets < 3 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(Duration::from_secs(10), counted).await??;
         let state = driver.dump("warren0").await?;
         let peer = &state.peers[0];
         ensure!(peer.public_key == public(&other.key), "{peer:?}");
