@@ -4,14 +4,17 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
 };
 
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
-    AddressFamily,
+    AddressFamily, RouteNetlinkMessage,
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
+    nsid::{NsidAttribute, NsidMessage},
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteType},
 };
 
@@ -49,7 +52,7 @@ pub(crate) async fn find(handle: &rtnetlink::Handle, netns_dir: &Path) -> Result
         .map(|link| (link.ifindex, link))
         .collect();
     let mut found: BTreeMap<u32, PodVeth> = BTreeMap::new();
-    for pod in by_namespace(netns_dir.to_owned(), &veths).await? {
+    for pod in by_namespace(handle, netns_dir.to_owned(), &veths).await? {
         found.insert(pod.ifindex, pod);
     }
     let neighbours = neighbours(handle).await?;
@@ -79,29 +82,59 @@ struct Inside {
     addresses: BTreeSet<IpAddr>,
 }
 
-async fn by_namespace(directory: PathBuf, veths: &BTreeMap<u32, &Link>) -> Result<Vec<PodVeth>, Error> {
+async fn by_namespace(
+    handle: &rtnetlink::Handle,
+    directory: PathBuf,
+    veths: &BTreeMap<u32, &Link>,
+) -> Result<Vec<PodVeth>, Error> {
     let inside = tokio::task::spawn_blocking(move || look_inside(&directory))
         .await
         .map_err(|error| Error::Netlink {
             what: "look into the pods' namespaces".into(),
             detail: error.to_string(),
         })?;
-    let mine = |inside: &Inside| {
-        // The number alone may be that of another namespace's device: both ends must point at each other.
-        veths.get(&inside.host_ifindex).is_some_and(|link| {
-            matches!(link.kind, LinkKind::Veth { peer_ifindex: Some(peer), peer_netnsid: Some(_) } if peer == inside.ifindex)
-        })
-    };
-    Ok(inside
-        .into_iter()
-        .filter(mine)
-        .map(|inside| PodVeth {
-            ifindex: inside.host_ifindex,
-            mac: inside.mac,
-            addresses: inside.addresses,
-            seen_by: SeenBy::Namespace(inside.path),
-        })
-        .collect())
+    let mut found = Vec::new();
+    for inside in inside {
+        let Some(LinkKind::Veth {
+            peer_ifindex: Some(peer),
+            peer_netnsid: Some(netnsid),
+        }) = veths.get(&inside.host_ifindex).map(|link| &link.kind)
+        else {
+            continue;
+        };
+        // Both ends must point at each other, and the other end must be in this very namespace: the numbers alone
+        // may be those of another namespace's device.
+        if *peer == inside.ifindex && netns_id(handle, &inside.path).await == Some(*netnsid) {
+            found.push(PodVeth {
+                ifindex: inside.host_ifindex,
+                mac: inside.mac,
+                addresses: inside.addresses,
+                seen_by: SeenBy::Namespace(inside.path),
+            });
+        }
+    }
+    Ok(found)
+}
+
+/// The number by which this namespace knows the one at `path` (RTM_GETNSID); `None` where it knows none.
+async fn netns_id(handle: &rtnetlink::Handle, path: &Path) -> Option<i32> {
+    let file = fs::File::open(path).ok()?;
+    let mut question = NsidMessage::default();
+    question
+        .attributes
+        .push(NsidAttribute::Fd(u32::try_from(file.as_raw_fd()).ok()?));
+    let mut request = NetlinkMessage::from(RouteNetlinkMessage::GetNsId(question));
+    request.header.flags = NLM_F_REQUEST;
+    let mut answers = Box::pin(handle.clone().request(request).ok()?);
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewNsId(answer)) = answer.payload {
+            return answer.attributes.iter().find_map(|attribute| match attribute {
+                NsidAttribute::Id(id) => Some(*id).filter(|id| *id >= 0),
+                _ => None,
+            });
+        }
+    }
+    None
 }
 
 /// Every veth in every named namespace. One that vanishes meanwhile, or is no namespace, is passed over.
