@@ -117,6 +117,32 @@ fn by_routes_and_bridge_tables() {
 }
 
 #[test]
+fn a_pair_of_other_namespaces_with_both_numbers_alike_is_not_taken() {
+    in_namespace(async || {
+        let net = Net::open().await.expect("netlink");
+        let (far, node, stranger) = (Namespace::new(), Namespace::new(), Namespace::new());
+        let pair = |name: &str, peer: &Namespace| {
+            format!(
+                "link add {name} index 50 type veth peer name eth0 index 60 netns {}",
+                peer.tid()
+            )
+        };
+        ip(&pair("uplink", &far));
+        node.ip(&pair("veth1", &stranger));
+        stranger.ip("addr add 10.244.9.9/32 dev eth0");
+        let folder = Folder::new("alike");
+        folder.add("cni-1", &stranger);
+        assert_eq!(net.pod_veths(&folder.0).await.expect("find"), []);
+        // The real other end is recognised.
+        far.ip("addr add 10.244.9.8/32 dev eth0");
+        folder.add("cni-2", &far);
+        let found = net.pod_veths(&folder.0).await.expect("find");
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].addresses, addresses(&["10.244.9.8"]));
+    });
+}
+
+#[test]
 fn a_veth_of_another_namespace_with_the_same_number_is_not_taken() {
     in_namespace(async || {
         let net = Net::open().await.expect("netlink");
