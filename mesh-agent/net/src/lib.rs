@@ -16,6 +16,7 @@ mod mtu;
 pub mod netns;
 pub mod nft;
 mod pods;
+mod request;
 mod route;
 mod rule;
 mod sysctl;

@@ -5,14 +5,14 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
 };
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage,
 };
 
 use crate::{Error, PROTOCOL};
@@ -308,16 +308,7 @@ async fn set(handle: &rtnetlink::Handle, route: &Route, replace: bool) -> Result
     let mode = if replace { NLM_F_REPLACE } else { NLM_F_EXCL };
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | mode;
     let what = format!("set the route {route}");
-    let mut responses = handle
-        .clone()
-        .request(request)
-        .map_err(|error| Error::netlink(what.clone())(error))?;
-    while let Some(response) = responses.next().await {
-        if let NetlinkPayload::Error(error) = response.payload {
-            return Err(Error::netlink(what)(rtnetlink::Error::NetlinkError(error)));
-        }
-    }
-    Ok(())
+    crate::request::acknowledged(handle, request, what).await
 }
 
 /// A route that is gone already is no error.

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::TryStreamExt as _;
 use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
@@ -11,7 +11,7 @@ use netlink_packet_route::{
 };
 use rtnetlink::{
     IpVersion,
-    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload},
+    packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkMessage},
 };
 
 use crate::{Error, PROTOCOL};
@@ -188,16 +188,7 @@ async fn add(handle: &rtnetlink::Handle, rule: &Rule) -> Result<(), Error> {
     let mut request = NetlinkMessage::from(RouteNetlinkMessage::NewRule(message(rule)));
     request.header.flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
     let what = format!("add the routing rule {rule}");
-    let mut responses = handle
-        .clone()
-        .request(request)
-        .map_err(|error| Error::netlink(what.clone())(error))?;
-    while let Some(response) = responses.next().await {
-        if let NetlinkPayload::Error(error) = response.payload {
-            return Err(Error::netlink(what)(rtnetlink::Error::NetlinkError(error)));
-        }
-    }
-    Ok(())
+    crate::request::acknowledged(handle, request, what).await
 }
 
 /// A rule that is gone already is no error.
