@@ -302,6 +302,8 @@ impl Reader<'_> {
                 ))
                 .await
             }
+            // Nobody was asked.
+            Said::Answer(_) => None,
         }
     }
 

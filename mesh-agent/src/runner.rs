@@ -389,6 +389,14 @@ impl Runner {
             Request::CniStatus => cni::status(self),
             Request::EncryptStatus => Response::EncryptStatus(Box::new(status::encrypt(self).await)),
             Request::Status => Response::Status(Box::new(status::agent(self))),
+            Request::Endpoints
+            | Request::Policy { .. }
+            | Request::PolicyTrace(_)
+            | Request::Conntrack { .. }
+            | Request::PolicyEvents { .. } => Response::Error {
+                message: "this agent does not enforce policy yet".into(),
+                retry: false,
+            },
         };
         let _ = reply.send(response);
     }

@@ -5,15 +5,19 @@
 //! another version are never adopted.
 #![cfg_attr(not(test), no_std)]
 
+mod flow;
 mod map;
 mod mark;
+mod policy;
 mod reason;
 
+pub use flow::*;
 pub use map::{
     DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, PathValue, RoleTag, SettingsValue,
     TraceValue, limits, names,
 };
 pub use mark::{MarkCodec, Provenance, TUNNEL_MARK};
+pub use policy::*;
 pub use reason::{DropReason, Hook};
 
 /// Version of the maps. Part of the path that they are pinned under.

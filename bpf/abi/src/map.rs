@@ -35,6 +35,32 @@ pub mod names {
 
     /// Per-CPU hash, address of the kernel's code to packets that it dropped without a reason.
     pub const STACK_SITES: &str = "STACK_SITES";
+    /// Hash, endpoint index to [`PolicyValue`](crate::PolicyValue).
+    pub const POLICY_ENDPOINTS: &str = "POLICY_ENDPTS";
+    /// LPM trie, [`PortKey`](crate::PortKey) to [`PortValue`](crate::PortValue).
+    pub const POLICY_PORTS: &str = "POLICY_PORTS";
+    /// Hash, [`VerdictKey`](crate::VerdictKey) to [`VerdictValue`](crate::VerdictValue).
+    pub const POLICY_VERDICTS: &str = "POLICY_VERDICT";
+    /// LPM trie, table and IPv4 prefix to the prefix's number.
+    pub const POLICY_CIDRS4: &str = "POLICY_CIDRS4";
+    /// LPM trie, table and IPv6 prefix to the prefix's number.
+    pub const POLICY_CIDRS6: &str = "POLICY_CIDRS6";
+    /// Hash, [`FlowKey`](crate::FlowKey) to [`FlowValue`](crate::FlowValue): flows that have seen a reply.
+    pub const FLOWS: &str = "FLOWS";
+    /// LRU hash, the same: flows that have not.
+    pub const FLOWS_NEW: &str = "FLOWS_NEW";
+    /// Array, endpoint index to the number of its flows in both maps.
+    pub const FLOW_COUNTS: &str = "FLOW_COUNTS";
+    /// Array, one [`FlowState`](crate::FlowState).
+    pub const FLOW_STATE: &str = "FLOW_STATE";
+    /// LRU hash, [`FragmentKey`](crate::FragmentKey) to [`FragmentValue`](crate::FragmentValue).
+    pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// Ring buffer of [`Event`](crate::Event).
+    pub const EVENTS: &str = "EVENTS";
+    /// LRU hash, [`RepeatKey`](crate::RepeatKey) to [`RepeatValue`](crate::RepeatValue): events told together.
+    pub const EVENT_REPEATS: &str = "EVENT_REPEATS";
+    /// Per-CPU array, one counter: events that found no room.
+    pub const EVENTS_LOST: &str = "EVENTS_LOST";
 
     /// All of them.
     pub const ALL: [&str; 14] = [

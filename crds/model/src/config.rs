@@ -67,6 +67,15 @@ pub struct ClusterConfig {
     /// The bits of the packet mark that are Warren's; at least 13 bits.
     #[serde(default = "default_mark_mask")]
     pub mark_mask: u32,
+    /// NodePorts of the API server (`--service-node-port-range`), first and last.
+    #[serde(default = "default_node_ports")]
+    pub node_ports: (u16, u16),
+    /// Whether a node's host reaches its own pods whatever policies say (the kubelet's probes).
+    #[serde(default = "yes")]
+    pub host_reaches_pods: bool,
+    /// Audit mode for the whole cluster: policy is computed and reported, nothing is dropped by it.
+    #[serde(default)]
+    pub policy_audit: bool,
     /// How long a snapshot is good, seconds.
     #[serde(default = "default_expiry")]
     pub snapshot_expiry_seconds: u64,
@@ -92,6 +101,9 @@ fn default_keepalive() -> u16 {
 }
 fn default_mark_mask() -> u32 {
     0x3f7f
+}
+fn default_node_ports() -> (u16, u16) {
+    (30_000, 32_767)
 }
 fn default_expiry() -> u64 {
     24 * 3600

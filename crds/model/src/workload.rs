@@ -36,4 +36,7 @@ pub struct WorkloadRecord {
     pub identity: IdentityId,
     /// The pod.
     pub pod: PodRef,
+    /// Audit mode for this pod: policy is reported, not enforced.
+    #[serde(default)]
+    pub policy_audit: bool,
 }

@@ -3,9 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use serde_json::Value;
-use warren_agent_core::policy::{
-    self as engine, FirstNumbers, Maps, NodeFacts, PolicyEngine, PolicyEvent, lookup,
-};
+use warren_agent_core::policy::{self as engine, FirstNumbers, Maps, PolicyEngine, PolicyEvent, lookup};
 use warren_keyd_core::{
     Namespace as KeydNamespace, Pod as KeydPod,
     policy::{PolicyChange, PolicyRepository},
@@ -13,7 +11,7 @@ use warren_keyd_core::{
 };
 use warren_model::{
     IdentityId, Labels,
-    policy::{Direction, NamedPorts, Protocol},
+    policy::{Direction, NamedPorts, NodeFacts, Protocol},
 };
 
 use super::{

@@ -152,6 +152,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
                 return Err(format!("redirect to {}", redirect.addresses.join(",")).into());
             }
             Heard::Goodbye(goodbye) => return Err(goodbye.reason.into()),
+            Heard::Question(question) => print("question", &question.request_json),
             Heard::Update(update) => {
                 if directory.apply(update)?.is_none() {
                     continue;
@@ -165,6 +166,10 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
                             print("identity-labels", &format!("{number} {labels}"))
                         }
                         Record::Workload(workload) => print("workload", &format!("{workload:?}")),
+                        record @ (Record::Selector(..)
+                        | Record::Members(..)
+                        | Record::Policy(..)
+                        | Record::NodeFacts(..)) => print("policy", &format!("{record:?}")),
                     }
                 }
                 print("applied", &format!("{epoch}/{version}"));

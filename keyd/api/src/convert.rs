@@ -1,12 +1,13 @@
 //! Directory entries on the wire <-> `warren-model`. What does not parse is an error that names the entry and
 //! the field; nothing is guessed.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use prost::Message as _;
 use warren_model::{
-    Datapath, IdentityId, KeyError, Labels, NodeRecord, PodRef, PublicKey, SlotKey, WorkloadRecord,
+    Datapath, IdentityId, KeyError, Labels, NodeName, NodeRecord, PodRef, PublicKey, SlotKey, WorkloadRecord,
+    policy::{NodeFacts, PolicyRef, Rule, Selector, SelectorId},
 };
 
 use crate::proto;
@@ -79,6 +80,14 @@ pub enum Record {
     Identity(IdentityId, Labels),
     /// The owner of a pod address.
     Workload(WorkloadRecord),
+    /// A selector that rules name.
+    Selector(SelectorId, Selector),
+    /// Members of a selector in one block of 256 identities (block = identity / 256); never empty.
+    Members(SelectorId, u32, BTreeSet<IdentityId>),
+    /// All rules of a policy object; never empty.
+    Policy(PolicyRef, Vec<Rule<SelectorId>>),
+    /// What policy has to know of a node.
+    NodeFacts(NodeName, NodeFacts),
 }
 
 impl Record {
@@ -88,6 +97,10 @@ impl Record {
             Self::Node(node) => (proto::EntryKind::EntryNode, node.name.to_string()),
             Self::Identity(number, _) => (proto::EntryKind::EntryIdentity, number.to_string()),
             Self::Workload(workload) => (proto::EntryKind::EntryWorkload, workload.ip.to_string()),
+            Self::Selector(id, _) => (proto::EntryKind::EntrySelector, id.to_string()),
+            Self::Members(id, block, _) => (proto::EntryKind::EntryMembers, format!("{id}/{block}")),
+            Self::Policy(policy, _) => (proto::EntryKind::EntryPolicy, policy_key(policy)),
+            Self::NodeFacts(name, _) => (proto::EntryKind::EntryNodeFacts, name.to_string()),
         }
     }
 
@@ -98,6 +111,23 @@ impl Record {
             Self::Node(node) => node_to_proto(node).encode_to_vec(),
             Self::Identity(number, labels) => encode_identity(*number, labels),
             Self::Workload(workload) => workload_to_proto(workload).encode_to_vec(),
+            Self::Selector(_, selector) => proto::SelectorEntry {
+                selector_json: json(selector),
+            }
+            .encode_to_vec(),
+            Self::Members(_, _, members) => proto::MembersEntry {
+                offsets: members.iter().map(|id| id.0 % MEMBERS_BLOCK).collect(),
+            }
+            .encode_to_vec(),
+            Self::Policy(_, rules) => proto::PolicyEntry {
+                rules_json: json(rules),
+            }
+            .encode_to_vec(),
+            Self::NodeFacts(name, facts) => proto::NodeFactsEntry {
+                name: name.to_string(),
+                facts_json: json(facts),
+            }
+            .encode_to_vec(),
         };
         proto::Entry {
             kind: kind.into(),
@@ -127,6 +157,33 @@ impl Record {
                 let workload = proto::WorkloadEntry::decode(value).map_err(|_| encoding("WorkloadEntry"))?;
                 Self::Workload(workload_from_proto(&workload)?)
             }
+            Ok(proto::EntryKind::EntrySelector) => {
+                let selector = proto::SelectorEntry::decode(value).map_err(|_| encoding("SelectorEntry"))?;
+                let id = entry.key.parse().map_err(|_| encoding("SelectorEntry"))?;
+                Self::Selector(
+                    SelectorId(id),
+                    from_json(&selector.selector_json).ok_or_else(|| encoding("SelectorEntry"))?,
+                )
+            }
+            Ok(proto::EntryKind::EntryMembers) => {
+                let members = proto::MembersEntry::decode(value).map_err(|_| encoding("MembersEntry"))?;
+                members_from(&entry.key, &members).ok_or_else(|| encoding("MembersEntry"))?
+            }
+            Ok(proto::EntryKind::EntryPolicy) => {
+                let policy = proto::PolicyEntry::decode(value).map_err(|_| encoding("PolicyEntry"))?;
+                let rules: Option<Vec<Rule<SelectorId>>> = from_json(&policy.rules_json);
+                let rules = rules.ok_or_else(|| encoding("PolicyEntry"))?;
+                let first = rules.first().ok_or_else(|| encoding("PolicyEntry"))?;
+                if rules.iter().any(|rule| rule.policy != first.policy) {
+                    return Err(encoding("PolicyEntry"));
+                }
+                Self::Policy(first.policy.clone(), rules)
+            }
+            Ok(proto::EntryKind::EntryNodeFacts) => {
+                let entry = proto::NodeFactsEntry::decode(value).map_err(|_| encoding("NodeFactsEntry"))?;
+                let facts = from_json(&entry.facts_json).ok_or_else(|| encoding("NodeFactsEntry"))?;
+                Self::NodeFacts(entry.name.into(), facts)
+            }
             Ok(proto::EntryKind::EntryUnspecified) | Err(_) => {
                 return Err(ConvertError::UnknownKind {
                     key: entry.key.clone(),
@@ -143,6 +200,35 @@ impl Record {
         }
         Ok(record)
     }
+}
+
+/// How many identities a members entry covers.
+pub const MEMBERS_BLOCK: u32 = 256;
+
+/// The key of a policy object's entry.
+pub fn policy_key(policy: &PolicyRef) -> String {
+    format!("{}/{}/{}", policy.kind.name(), policy.namespace, policy.name)
+}
+
+/// These types have no map with other keys than strings, so that they are always JSON.
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(text: &str) -> Option<T> {
+    serde_json::from_str(text).ok()
+}
+
+fn members_from(key: &str, members: &proto::MembersEntry) -> Option<Record> {
+    let (id, block) = key.split_once('/')?;
+    let (id, block) = (SelectorId(id.parse().ok()?), block.parse::<u32>().ok()?);
+    let first = block.checked_mul(MEMBERS_BLOCK)?;
+    let in_block = members.offsets.iter().all(|offset| *offset < MEMBERS_BLOCK);
+    if !in_block || members.offsets.is_empty() {
+        return None;
+    }
+    let members = members.offsets.iter().map(|offset| IdentityId(first + offset));
+    Some(Record::Members(id, block, members.collect()))
 }
 
 /// Encodes an identity with its labels sorted: a generated map has no stable order.
@@ -319,6 +405,7 @@ pub fn workload_to_proto(workload: &WorkloadRecord) -> proto::WorkloadEntry {
         namespace: workload.pod.namespace.clone(),
         pod: workload.pod.name.clone(),
         uid: workload.pod.uid.clone(),
+        policy_audit: workload.policy_audit,
     }
 }
 
@@ -336,6 +423,7 @@ pub fn workload_from_proto(workload: &proto::WorkloadEntry) -> Result<WorkloadRe
             name: workload.pod.clone(),
             uid: workload.uid.clone(),
         },
+        policy_audit: workload.policy_audit,
     })
 }
 
@@ -376,6 +464,7 @@ mod tests {
             node: "node1".into(),
             identity: IdentityId(256),
             pod,
+            policy_audit: false,
         };
         for record in [
             Record::Node(node()),

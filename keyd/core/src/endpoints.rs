@@ -294,6 +294,7 @@ impl Endpoints {
             node: instance.node.clone(),
             identity: instance.identity,
             pod: pod.clone(),
+            policy_audit: false,
         })
     }
     /// Addresses owned on a node, sorted.

@@ -13,7 +13,7 @@ use std::{
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use warren_model::{Datapath, IdentityId, NodeName, PodRef, PublicKey};
+use warren_model::{Datapath, IdentityId, NodeName, PodRef, PublicKey, policy::Direction};
 
 /// What a client may ask.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +36,171 @@ pub enum Request {
     EncryptStatus,
     /// `mesh-agent status`.
     Status,
+    /// `mesh-agent endpoints`: pods with their policy enforcement.
+    Endpoints,
+    /// `mesh-agent policy`: the compiled policy of an endpoint, as the maps hold it.
+    Policy {
+        /// Index of the endpoint, 0 = the host; `None` = all.
+        endpoint: Option<u16>,
+    },
+    /// What the maps and the model answer for a packet, for `warren policy trace`.
+    PolicyTrace(Box<TraceRequest>),
+    /// `mesh-agent conntrack`.
+    Conntrack {
+        /// Only flows of this endpoint.
+        endpoint: Option<u16>,
+        /// At most so many.
+        limit: u32,
+    },
+    /// The last events of the programs, oldest first.
+    PolicyEvents {
+        /// At most so many.
+        limit: u32,
+    },
+}
+
+/// A packet to ask policy about, as one endpoint of this node sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TraceRequest {
+    /// The endpoint, by the address of its pod; `None` = the host.
+    pub pod: Option<IpAddr>,
+    /// The direction, seen from it.
+    pub direction: Direction,
+    /// Identity of the other end.
+    pub peer: IdentityId,
+    /// Address of the other end.
+    pub address: IpAddr,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Destination port, or ICMP type.
+    pub port: u16,
+}
+
+/// One look-up of policy.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TraceVerdict {
+    /// It passes (audit mode aside).
+    pub allowed: bool,
+    /// It would be dropped, but audit mode is on.
+    pub audit: bool,
+    /// `default-deny`, `denied`, `no-policy`, `allowed`, `no-rule-applies`.
+    pub reason: String,
+    /// The rule that decides: object and place, as in `CiliumNetworkPolicy demo/api spec.ingress[0]`.
+    pub rule: Option<String>,
+}
+
+/// Answer to [`Request::PolicyTrace`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TraceAnswer {
+    /// The endpoint that was asked.
+    pub endpoint: u16,
+    /// What the eBPF maps say.
+    pub maps: TraceVerdict,
+    /// What the model says.
+    pub model: TraceVerdict,
+    /// Every statement that covers the packet: object and place, and whether it allows.
+    pub statements: Vec<(String, bool)>,
+}
+
+/// The policy of one endpoint as the maps hold it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointPolicyStatus {
+    /// Index, 0 = the host.
+    pub endpoint: u16,
+    /// The pod.
+    pub pod: Option<PodRef>,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Its identity.
+    pub identity: IdentityId,
+    /// Labels of the identity.
+    pub labels: Vec<String>,
+    /// Nothing written yet: the endpoint is closed.
+    pub closed: bool,
+    /// Default deny at ingress.
+    pub ingress_enforced: bool,
+    /// Default deny at egress.
+    pub egress_enforced: bool,
+    /// Audit mode.
+    pub audit: bool,
+    /// The entries; empty in the answer to [`Request::Endpoints`].
+    pub entries: Vec<PolicyEntryStatus>,
+}
+
+/// One entry: who, on which ports, allowed or denied, by which rule.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyEntryStatus {
+    /// The direction.
+    pub direction: Direction,
+    /// As in `TCP/8080-8095`, `ANY`.
+    pub ports: String,
+    /// As in `identity 300 (k8s:app=web,...)`, `everybody`, `cidr 10.0.0.0/8 (world)`.
+    pub peer: String,
+    /// Allowed or denied.
+    pub allow: bool,
+    /// Object and place; empty where no rule had to decide.
+    pub rule: String,
+}
+
+/// One tracked flow.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FlowStatus {
+    /// Endpoint that it belongs to.
+    pub endpoint: u16,
+    /// `ingress` or `egress`: who opened it.
+    pub direction: Direction,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The endpoint's address and port.
+    pub local: std::net::SocketAddr,
+    /// The peer's.
+    pub remote: std::net::SocketAddr,
+    /// Identity of the peer.
+    pub peer: IdentityId,
+    /// `new`, `established`, `closing`, `untranslated` (waits to be judged on its final address).
+    pub state: String,
+    /// Seconds since the last packet.
+    pub idle_seconds: u32,
+    /// Seconds until it is forgotten.
+    pub expires_seconds: u32,
+    /// Object and place of the rule that allowed it.
+    pub rule: Option<String>,
+}
+
+/// One event of the programs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EventStatus {
+    /// Unix milliseconds.
+    pub time_unix_ms: u64,
+    /// `allowed`, `dropped`, `audited`.
+    pub outcome: String,
+    /// Program.
+    pub hook: String,
+    /// Drop reason where there is one.
+    pub reason: Option<String>,
+    /// Direction of the policy that was asked, where one was.
+    pub direction: Option<Direction>,
+    /// Source.
+    pub source: Option<std::net::SocketAddr>,
+    /// Destination.
+    pub destination: Option<std::net::SocketAddr>,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// Identity of the source.
+    pub source_identity: IdentityId,
+    /// Identity of the destination.
+    pub destination_identity: IdentityId,
+    /// Object and place of the rule that decided.
+    pub rule: Option<String>,
+    /// Packets that it stands for.
+    pub packets: u32,
 }
 
 /// Identifies a CNI attachment.
@@ -84,6 +249,19 @@ pub enum Response {
     EncryptStatus(Box<EncryptStatus>),
     /// Answer to [`Request::Status`].
     Status(Box<AgentStatus>),
+    /// Answer to [`Request::Endpoints`] and [`Request::Policy`].
+    Policies(Vec<EndpointPolicyStatus>),
+    /// Answer to [`Request::PolicyTrace`].
+    Trace(Box<TraceAnswer>),
+    /// Answer to [`Request::Conntrack`].
+    Flows(Vec<FlowStatus>),
+    /// Answer to [`Request::PolicyEvents`].
+    Events {
+        /// The events.
+        events: Vec<EventStatus>,
+        /// How many were lost since the maps were made.
+        lost: u64,
+    },
 }
 
 /// What the node's encryption really is, read from the device.

@@ -159,7 +159,12 @@ fn done(response: Response) -> Result<(), CniError> {
             if retry { Code::TryAgainLater } else { Code::Refused },
             message,
         )),
-        Response::EncryptStatus(_) | Response::Status(_) => Err(CniError::new(
+        Response::EncryptStatus(_)
+        | Response::Status(_)
+        | Response::Policies(_)
+        | Response::Trace(_)
+        | Response::Flows(_)
+        | Response::Events { .. } => Err(CniError::new(
             Code::Decode,
             "the agent answered another question: are plugin and agent of one version?",
         )),

@@ -330,6 +330,7 @@ fn identities_come_from_the_directory_only_for_pods_on_the_node_that_owns_their_
             name: uid.into(),
             uid: uid.into(),
         },
+        policy_audit: false,
     };
     let mut contents = directory(1, vec![node(1), node(2)]);
     contents.workloads = vec![

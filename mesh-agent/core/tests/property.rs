@@ -92,6 +92,7 @@ fn happen(
                         name: "p".into(),
                         uid: "u".into(),
                     },
+                    policy_audit: false,
                 })
                 .collect();
             *last = Some(contents.clone());

@@ -224,6 +224,7 @@ pub(crate) fn contents(directory: &Directory) -> (Contents, Vec<String>) {
                 contents.identities.insert(number, labels);
             }
             Ok(Record::Workload(workload)) => contents.workloads.push(workload),
+            Ok(Record::Selector(..) | Record::Members(..) | Record::Policy(..) | Record::NodeFacts(..)) => {}
             Err(error) => unreadable.push(format!("directory: {error}")),
         }
     }

@@ -221,6 +221,7 @@ impl Client {
                     let _ = reply.send(answer);
                 }
             }
+            Hear::Question(_) => {}
             Hear::Redirect(redirect) => {
                 super::trust::remember_addresses(&self.state, &redirect.addresses);
                 return Ok(Some(End::Redirect(redirect.addresses)));

@@ -18,7 +18,7 @@ pub use cidr::{AddressScope, CidrSet, CidrSource};
 pub use error::PolicyError;
 pub use label::{Entity, LabelKey, LabelSource, Operator, Requirement, Selector, keys, reserved_labels};
 pub use port::{NamedPorts, PortMatch, PortSpec, Protocol};
-pub use resolved::{SelectorId, Validity};
+pub use resolved::{NodeFacts, SelectorId, Validity};
 pub use rule::{
     Action, Direction, Directions, Peer, Peers, PolicyKind, PolicyRef, Ports, Rule, Statement, Subject,
     Unenforced,

@@ -5,6 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{error::PolicyError, rule::Rule};
+use crate::Labels;
 
 /// The number of a selector, given by `keyd`; never used again for another selector within an epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -15,6 +16,20 @@ impl fmt::Display for SelectorId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
     }
+}
+
+/// What policy has to know of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeFacts {
+    /// Labels of the Node object, keys with their source (`k8s:`): host policies select by them.
+    pub labels: Labels,
+    /// The node runs an API server.
+    pub runs_apiserver: bool,
+    /// The host does not reach its own pods by itself: probes need a rule.
+    pub closed_to_host: bool,
+    /// Audit mode for the whole node.
+    pub audit: bool,
 }
 
 /// What the `Valid` condition of an object says.

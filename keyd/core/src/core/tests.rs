@@ -28,6 +28,9 @@ pub(crate) fn config() -> ClusterConfig {
         apiserver_port: 6443,
         keepalive_seconds: 25,
         mark_mask: 0x3f7f,
+        node_ports: (30_000, 32_767),
+        host_reaches_pods: true,
+        policy_audit: false,
         snapshot_expiry_seconds: 86400,
     }
 }

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use warren_model::{
     IdentityId,
     policy::{
-        Direction, NamedPorts, PolicyRef, PortMatch, Ports, Rule, Selector, SelectorId, Subject,
+        Direction, NamedPorts, NodeFacts, PolicyRef, PortMatch, Ports, Rule, Selector, SelectorId, Subject,
         reserved_labels,
     },
 };
@@ -15,7 +15,7 @@ use warren_model::{
 use super::{
     cidr::CidrTable,
     compile::EndpointPolicy,
-    event::{FirstNumbers, NodeFacts, PolicyEvent, RuleName},
+    event::{FirstNumbers, PolicyEvent, RuleName},
     flat::{NamedIndex, PortName},
     map::{CidrKey, EndpointValue, MapWrite, Maps},
 };

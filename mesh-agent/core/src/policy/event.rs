@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 
 use warren_model::{
-    IdentityId, Labels,
-    policy::{NamedPorts, PolicyRef, Rule, Selector, SelectorId},
+    IdentityId,
+    policy::{NamedPorts, NodeFacts, PolicyRef, Rule, Selector, SelectorId},
 };
 
 use super::map::Maps;
@@ -54,19 +54,6 @@ impl FirstNumbers {
             cidr_table: maps.cidrs.keys().map(|key| key.table).max().unwrap_or(0) + 1,
         }
     }
-}
-
-/// What policy has to know of the node itself.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct NodeFacts {
-    /// Labels of the Node object, keys with their source (`k8s:`): host policies select by them.
-    pub labels: Labels,
-    /// The node runs an API server.
-    pub runs_apiserver: bool,
-    /// The host does not reach its own pods by itself: probes need a rule.
-    pub closed_to_host: bool,
-    /// Audit mode for the whole node.
-    pub audit: bool,
 }
 
 /// What happened.

@@ -56,7 +56,7 @@ mod port;
 pub use compile::{ClassTable, DirectionPolicy, EndpointPolicy};
 pub use diff::diff;
 pub use engine::PolicyEngine;
-pub use event::{FirstNumbers, NodeFacts, PolicyEvent, RuleName};
+pub use event::{FirstNumbers, PolicyEvent, RuleName};
 pub use map::{
     CidrKey, DropCause, EndpointValue, MapWrite, Maps, Packet, PeerKind, PortKey, PortValue, Verdict,
     VerdictKey, VerdictValue, lookup,

@@ -5,9 +5,9 @@ use std::net::IpAddr;
 use warren_model::{
     IdentityId, Labels,
     policy::{
-        Action, AddressScope, CidrSet, CidrSource, Direction, Directions, LabelKey, NamedPorts, Peer, Peers,
-        PolicyKind, PolicyRef, PortSpec, Ports, Protocol, Requirement, Rule, Selector, SelectorId, Statement,
-        Subject, Unenforced,
+        Action, AddressScope, CidrSet, CidrSource, Direction, Directions, LabelKey, NamedPorts, NodeFacts,
+        Peer, Peers, PolicyKind, PolicyRef, PortSpec, Ports, Protocol, Requirement, Rule, Selector,
+        SelectorId, Statement, Subject, Unenforced,
     },
 };
 
