@@ -16,7 +16,7 @@ use nix::{
 
 use super::address;
 use crate::{
-    inside::{DETACH, KEEP_LOGS, Kind, NodeSpec},
+    inside::{DETACH, KEEP_LOGS, Kind, NodeSpec, cgroup},
     lab::{
         self, binaries,
         net::{BRIDGE, DualStack, ROUTER_V4, ROUTER_V6, UPLINK, node_address, node_pools, pod_cidrs},
@@ -128,6 +128,7 @@ impl Shell {
         };
         let spec = NodeSpec {
             name: "control".into(),
+            cgroup: format!("{}/control", cgroup::tree(&self.id)),
             state: folder("state")?,
             etc: folder("etc")?,
             bin: self.folder.join("bin"),

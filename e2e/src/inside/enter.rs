@@ -74,6 +74,8 @@ pub struct ExecArgs {
 /// Joins the namespaces, runs the command as a child (a pid namespace takes effect for children only) and
 /// returns its exit code; 128 + signal where a signal ended it. The child dies with this process.
 pub fn enter(args: &EnterArgs) -> Result<i32> {
+    // What runs on a node is in the node's control group, whoever starts it.
+    super::cgroup::follow(args.target)?;
     // All files first: /proc is another one after the mount namespace has changed.
     let files = args
         .with

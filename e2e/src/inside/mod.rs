@@ -11,6 +11,7 @@
 //! the last process go the network and mount namespaces. No name in `/run/netns`, no mount and no device
 //! of the machine is ever used, so nothing can be forgotten.
 
+pub(crate) mod cgroup;
 mod enter;
 mod node;
 mod pod;

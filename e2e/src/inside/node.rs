@@ -17,6 +17,8 @@ use super::{announce_ready, bind, die_with_parent, mount_fs, private_mounts, rea
 pub struct NodeSpec {
     /// Host name.
     pub name: String,
+    /// Its control group, from the root of the hierarchy.
+    pub cgroup: String,
     /// Folder that survives a reboot: shown as `/var/lib/warren`.
     pub state: PathBuf,
     /// Shown as `/etc/warren`.
@@ -25,15 +27,21 @@ pub struct NodeSpec {
     pub bin: PathBuf,
 }
 
-/// Makes a node's namespaces and waits for its PID 1.
+fn read_spec(file: &Path) -> Result<NodeSpec> {
+    serde_json::from_slice(&fs::read(file)?).context("the node's description cannot be read")
+}
+
+/// Makes a node's control group and its namespaces (so that the group becomes its root), and waits for its PID 1.
 pub fn node_outer(spec: &Path) -> Result<i32> {
+    super::cgroup::enter(&read_spec(spec)?.cgroup)?;
     let spec = spec.to_str().context("the folder's name is no text")?;
     super::enter::in_new_namespaces(
         CloneFlags::CLONE_NEWPID
             | CloneFlags::CLONE_NEWNET
             | CloneFlags::CLONE_NEWNS
             | CloneFlags::CLONE_NEWUTS
-            | CloneFlags::CLONE_NEWIPC,
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWCGROUP,
         &["node", "--spec", spec],
     )
 }
@@ -41,11 +49,11 @@ pub fn node_outer(spec: &Path) -> Result<i32> {
 /// Builds the node's own file systems and settings, and stays. Devices are put in from outside.
 pub fn node(spec: &Path) -> Result<()> {
     die_with_parent()?;
-    let spec: NodeSpec =
-        serde_json::from_slice(&fs::read(spec)?).context("the node's description cannot be read")?;
+    let spec = read_spec(spec)?;
     private_mounts()?;
     mount_fs("proc", "/proc", "proc", None)?;
     mount_fs("sysfs", "/sys", "sysfs", None)?;
+    super::cgroup::mount_own()?;
     mount_fs("bpf", "/sys/fs/bpf", "bpf", Some("mode=700"))?;
     mount_fs("tracefs", "/sys/kernel/tracing", "tracefs", None)?;
     mount_fs("run", "/run", "tmpfs", Some("mode=755"))?;

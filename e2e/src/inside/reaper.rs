@@ -58,6 +58,7 @@ pub fn reaper(args: &ReaperArgs) -> Result<()> {
     // Control groups are seen from the machine's mounts only; the underlay has put its own /sys over them.
     setns(machine, CloneFlags::CLONE_NEWNS).context("cannot return to the machine's mounts")?;
     crate::cluster::cgroup::remove(&args.id)?;
+    super::cgroup::remove_all(&args.id)?;
     remove(&args.dir, keep_logs?)
 }
 

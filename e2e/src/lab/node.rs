@@ -20,7 +20,7 @@ use super::{
     process::{ALL, Place, Process, find},
     wait::{wait_for, wait_until},
 };
-use crate::inside::{Kind, NodeSpec};
+use crate::inside::{Kind, NodeSpec, cgroup};
 
 /// Where the agent listens on a node.
 pub const AGENT_SOCKET: &str = "/run/warren/agent.sock";
@@ -77,6 +77,7 @@ impl Node {
         )?;
         let spec = NodeSpec {
             name: node.name.clone(),
+            cgroup: format!("{}/{}", cgroup::tree(&node.shared.id), node.name),
             state: node.dir().join("state"),
             etc: node.dir().join("etc"),
             bin: node.shared.dir.join("bin"),
@@ -179,7 +180,9 @@ impl Node {
                     .output(["ip", "link", "show", &self.port()])
                     .is_ok_and(|output| !output.status.success())
             },
-        )
+        )?;
+        // With it go the programs that were attached to it.
+        cgroup::remove_node(&self.shared.id, &self.name)
     }
 
     /// Where commands for this node run.
