@@ -12,8 +12,9 @@ use tokio::{net::UnixListener, runtime::Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 use warren_keyd_api::proto::{
-    AgentStatus, CreateJoinTokenRequest, CreateJoinTokenResponse, NodeEntry, NodeStatus, PeerStatus, Slot,
-    StatusRequest, StatusResponse,
+    AgentStatus, AskAgentRequest, AskAgentResponse, CreateJoinTokenRequest, CreateJoinTokenResponse,
+    DirectoryChunk, DirectoryRequest, NodeEntry, NodeStatus, PeerStatus, PoliciesRequest, PoliciesResponse,
+    Slot, StatusRequest, StatusResponse,
     admin_server::{Admin, AdminServer},
 };
 
@@ -29,6 +30,23 @@ impl Admin for Canned {
         &self,
         _: Request<CreateJoinTokenRequest>,
     ) -> Result<Response<CreateJoinTokenResponse>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
+    type DirectoryStream = tokio_stream::Empty<Result<DirectoryChunk, Status>>;
+
+    async fn directory(
+        &self,
+        _: Request<DirectoryRequest>,
+    ) -> Result<Response<Self::DirectoryStream>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
+    async fn policies(&self, _: Request<PoliciesRequest>) -> Result<Response<PoliciesResponse>, Status> {
+        Err(Status::unimplemented("not asked for"))
+    }
+
+    async fn ask_agent(&self, _: Request<AskAgentRequest>) -> Result<Response<AskAgentResponse>, Status> {
         Err(Status::unimplemented("not asked for"))
     }
 }

@@ -5,28 +5,36 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::Context as _;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream, stream::BoxStream};
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
 };
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status, transport::Server};
 use warren_keyd_api::proto::{
-    CreateJoinTokenRequest, CreateJoinTokenResponse, StatusRequest, StatusResponse,
+    AskAgentRequest, AskAgentResponse, CreateJoinTokenRequest, CreateJoinTokenResponse, DirectoryChunk,
+    DirectoryRequest, EntryKind, PoliciesRequest, PoliciesResponse, StatusRequest, StatusResponse,
     admin_server::{Admin, AdminServer},
 };
 use warren_model::NodeName;
 
 use crate::{
     clock, files, hub,
+    questions::AskError,
     service::{Role, Service},
     source::parse::valid_name,
     tokens::DEFAULT_TTL_SECONDS,
 };
+
+/// How long an agent may take to answer a question.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A larger question is refused.
+const MAX_REQUEST_BYTES: usize = 64 * 1024;
 
 /// The admin service.
 pub(crate) struct AdminService {
@@ -38,13 +46,28 @@ pub(crate) struct AdminService {
     pub(crate) advertise: String,
 }
 
+fn ended() -> Status {
+    Status::unavailable("keyd is changing its leader: try again")
+}
+
+impl AdminService {
+    /// The hub; only the leader's index is published.
+    fn leader(&self) -> Result<mpsc::Sender<hub::Command>, Status> {
+        self.service.hub().map_err(|leader| {
+            Status::failed_precondition(match leader.first() {
+                Some(address) => format!("this keyd does not lead: ask the one at {address}"),
+                None => "no keyd leads at the moment: try again".to_owned(),
+            })
+        })
+    }
+}
+
 #[tonic::async_trait]
 impl Admin for AdminService {
     async fn status(&self, _request: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
         let role = self.service.role.borrow().clone();
         let mut response = match &role {
             Role::Leader { hub, epoch } => {
-                let ended = || Status::unavailable("keyd is changing its leader: try again");
                 let (reply, answer) = oneshot::channel();
                 hub.send(hub::Command::Report(reply)).await.map_err(|_| ended())?;
                 let report = answer.await.map_err(|_| ended())?;
@@ -96,6 +119,63 @@ impl Admin for AdminService {
         Ok(Response::new(CreateJoinTokenResponse {
             token: token.expose().to_string(),
         }))
+    }
+
+    type DirectoryStream = BoxStream<'static, Result<DirectoryChunk, Status>>;
+
+    async fn directory(
+        &self,
+        request: Request<DirectoryRequest>,
+    ) -> Result<Response<Self::DirectoryStream>, Status> {
+        let kinds = request.into_inner().kinds.into_iter().map(|kind| {
+            EntryKind::try_from(kind)
+                .map_err(|_| Status::invalid_argument(format!("entries of kind {kind} are not known")))
+        });
+        let (reply, answer) = oneshot::channel();
+        let command = hub::Command::Directory(kinds.collect::<Result<_, _>>()?, reply);
+        self.leader()?.send(command).await.map_err(|_| ended())?;
+        let chunks = answer.await.map_err(|_| ended())?;
+        Ok(Response::new(stream::iter(chunks.into_iter().map(Ok)).boxed()))
+    }
+
+    async fn policies(
+        &self,
+        _request: Request<PoliciesRequest>,
+    ) -> Result<Response<PoliciesResponse>, Status> {
+        let (reply, answer) = oneshot::channel();
+        let command = hub::Command::Policies(reply);
+        self.leader()?.send(command).await.map_err(|_| ended())?;
+        let policies = answer.await.map_err(|_| ended())?;
+        Ok(Response::new(PoliciesResponse { policies }))
+    }
+
+    async fn ask_agent(
+        &self,
+        request: Request<AskAgentRequest>,
+    ) -> Result<Response<AskAgentResponse>, Status> {
+        let AskAgentRequest { node, request_json } = request.into_inner();
+        if request_json.len() > MAX_REQUEST_BYTES {
+            let message = format!("the request is larger than {MAX_REQUEST_BYTES} bytes");
+            return Err(Status::invalid_argument(message));
+        }
+        let (reply, answer) = oneshot::channel();
+        let command = hub::Command::Ask(NodeName::from(node.as_str()), request_json, reply);
+        self.leader()?.send(command).await.map_err(|_| ended())?;
+        let answer = match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
+            Ok(answer) => answer.map_err(|_| ended())?,
+            Err(_) => Err(AskError::TimedOut(node)),
+        };
+        let response_json = answer.map_err(|error| {
+            let message = error.to_string();
+            match error {
+                AskError::UnknownNode(_) => Status::not_found(message),
+                AskError::NotConnected(_) | AskError::Left => Status::unavailable(message),
+                AskError::TimedOut(_) => Status::deadline_exceeded(message),
+                AskError::Refused(_) => Status::failed_precondition(message),
+                AskError::TooMany => Status::resource_exhausted(message),
+            }
+        })?;
+        Ok(Response::new(AskAgentResponse { response_json }))
     }
 }
 

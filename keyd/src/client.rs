@@ -74,6 +74,11 @@ fn text(status: &StatusResponse) -> String {
         status.identities,
         status.workloads
     );
+    let _ = writeln!(
+        out,
+        "{} policies ({} invalid), {} selectors",
+        status.policies, status.invalid_policies, status.selectors
+    );
     for node in &status.nodes {
         let entry = node.node.clone().unwrap_or_default();
         let state = match (node.connected, node.applied_version == status.directory_version) {

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio::sync::{mpsc, oneshot};
 use warren_keyd_api::{
     convert::node_to_proto,
-    proto::{AgentStatus, NodeStatus, StatusResponse},
+    proto::{
+        AgentStatus, DirectoryChunk, EntryKind, KeydMessage, NodeStatus, PolicyStatus, Question,
+        StatusResponse, keyd_message::Body,
+    },
 };
 use warren_keyd_core::{AgentEvent, Core, Event, Output, Record, SessionId, SourceEvent};
 use warren_model::{Datapath, NodeName, NodeUid};
@@ -15,6 +18,7 @@ use crate::{
     metrics::Metrics,
     node_status::{Seen, Statuses},
     publisher::{Order, SessionHandle},
+    questions::{AskError, Questions, Reply},
 };
 
 /// How many commands are taken before one version is made of them.
@@ -59,6 +63,14 @@ pub(crate) enum Command {
     NodeUid(NodeName, oneshot::Sender<Option<NodeUid>>),
     /// Everything, for `keyd status`.
     Report(oneshot::Sender<StatusResponse>),
+    /// Every policy object.
+    Policies(oneshot::Sender<Vec<PolicyStatus>>),
+    /// Published entries of some kinds; of all where none is named.
+    Directory(Vec<EntryKind>, oneshot::Sender<Vec<DirectoryChunk>>),
+    /// A question to the agent of a node.
+    Ask(NodeName, String, Reply),
+    /// An agent's answer.
+    Answer(SessionId, u64, Result<String, String>),
 }
 
 /// What is known of an agent beyond the directory.
@@ -84,7 +96,8 @@ pub(crate) struct Hub {
     load_problems: Vec<String>,
     epoch: u64,
     /// Answered once the source is complete: "does not exist" would be a lie before.
-    questions: Vec<(NodeName, oneshot::Sender<Option<NodeUid>>)>,
+    uid_questions: Vec<(NodeName, oneshot::Sender<Option<NodeUid>>)>,
+    questions: Questions,
     /// Only where objects have a status.
     statuses: Option<(Statuses, tokio::time::Instant)>,
 }
@@ -99,7 +112,8 @@ impl Hub {
     ) -> Self {
         Self {
             epoch,
-            questions: vec![],
+            uid_questions: vec![],
+            questions: Questions::default(),
             statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
             orders,
@@ -128,7 +142,7 @@ impl Hub {
             for command in batch.drain(..) {
                 self.take(command);
             }
-            self.answer_questions();
+            self.answer_uid_questions();
             for output in self.core.poll(clock::monotonic_ms()) {
                 if let Output::Close { session, .. } = &output {
                     self.disconnected(*session);
@@ -171,18 +185,58 @@ impl Hub {
                     agent.status = Some(*status);
                 }
             }
-            Command::NodeUid(name, reply) => self.questions.push((name, reply)),
+            Command::NodeUid(name, reply) => self.uid_questions.push((name, reply)),
             Command::Report(reply) => drop(reply.send(self.report())),
+            Command::Policies(reply) => drop(reply.send(self.policies())),
+            // A publisher that is gone drops the reply, and the asker hears of it.
+            Command::Directory(kinds, reply) => {
+                let _ = self.orders.send(Order::Directory(kinds, reply));
+            }
+            Command::Ask(node, request, reply) => self.ask(&node, request, reply),
+            Command::Answer(session, id, answer) => self.questions.answer(session, id, answer),
         }
     }
 
-    fn answer_questions(&mut self) {
+    fn answer_uid_questions(&mut self) {
         if self.core.is_synced() {
-            for (name, reply) in self.questions.drain(..) {
+            for (name, reply) in self.uid_questions.drain(..) {
                 // The asker may be gone; that is its business.
                 let _ = reply.send(self.core.node_uid(&name).cloned());
             }
         }
+    }
+
+    fn ask(&mut self, node: &NodeName, request_json: String, reply: Reply) {
+        let session = match self.agents.get(node).and_then(|agent| agent.session) {
+            Some(session) => session,
+            None => {
+                let exists = self.core.node_uid(node).is_some();
+                let error = match exists {
+                    true => AskError::NotConnected(node.to_string()),
+                    false => AskError::UnknownNode(node.to_string()),
+                };
+                // The asker may be gone; that is its business.
+                return drop(reply.send(Err(error)));
+            }
+        };
+        if let Some(id) = self.questions.ask(session, reply) {
+            let body = Some(Body::Question(Question { id, request_json }));
+            // A publisher that is gone ends this task at its next output.
+            let _ = self.orders.send(Order::Tell(session, KeydMessage { body }));
+        }
+    }
+
+    fn policies(&self) -> Vec<PolicyStatus> {
+        let policies = self.core.policies();
+        let status = policies.iter().map(|(policy, validity)| PolicyStatus {
+            kind: policy.kind.name().into(),
+            namespace: policy.namespace.clone(),
+            name: policy.name.clone(),
+            valid: validity.valid,
+            message: validity.message.clone(),
+            rules: policies.rules(policy).len() as u64,
+        });
+        status.collect()
     }
 
     fn open(&mut self, open: Open, now: u64) {
@@ -248,6 +302,7 @@ impl Hub {
     }
 
     fn disconnected(&mut self, session: SessionId) {
+        self.questions.left(session);
         if let Some(agent) = self
             .agents
             .values_mut()
@@ -321,6 +376,14 @@ impl Hub {
             problems: self.problems(),
             identities: identities as u64,
             workloads: workloads as u64,
+            policies: self.core.policies().iter().count() as u64,
+            invalid_policies: self
+                .core
+                .policies()
+                .iter()
+                .filter(|(_, validity)| !validity.valid)
+                .count() as u64,
+            selectors: self.core.policies().selectors().len() as u64,
             ..StatusResponse::default()
         }
     }

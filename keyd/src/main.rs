@@ -16,6 +16,7 @@ mod listener;
 mod metrics;
 mod node_status;
 mod publisher;
+mod questions;
 mod run;
 mod service;
 mod session;

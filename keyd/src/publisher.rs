@@ -19,8 +19,8 @@ use warren_crds::MeshNodeStatus;
 use warren_keyd_api::{
     convert::Record as WireRecord,
     proto::{
-        EndpointResult, Entry, EntryKey, Goodbye, KeyResult, KeydMessage, Manifest, SignedManifest, Update,
-        Welcome, keyd_message::Body,
+        DirectoryChunk, EndpointResult, Entry, EntryKey, EntryKind, Goodbye, KeyResult, KeydMessage,
+        Manifest, SignedManifest, Update, Welcome, keyd_message::Body,
     },
     snapshot::{EntrySet, chunks},
 };
@@ -65,6 +65,10 @@ pub(crate) enum Order {
     Do(Output),
     /// The agent has left.
     Forget(SessionId),
+    /// A message for one agent.
+    Tell(SessionId, KeydMessage),
+    /// Published entries of some kinds (none = all), in chunks.
+    Directory(Vec<EntryKind>, oneshot::Sender<Vec<DirectoryChunk>>),
     /// What was last seen of a node. May get lost.
     Status(NodeName, MeshNodeStatus),
 }
@@ -135,6 +139,9 @@ impl Publisher {
                     self.sessions.remove(&session);
                     self.waiting.remove(&session);
                 }
+                Order::Tell(session, message) => self.queue(session, Item::Message(message)),
+                // The asker may be gone; that is its business.
+                Order::Directory(kinds, reply) => drop(reply.send(self.directory(&kinds))),
                 Order::Status(node, status) => {
                     let store = self.term.store.clone();
                     tokio::spawn(async move {
@@ -297,6 +304,27 @@ impl Publisher {
         }
     }
 
+    /// What is published now, at least one chunk.
+    fn directory(&self, kinds: &[EntryKind]) -> Vec<DirectoryChunk> {
+        let wanted =
+            |entry: &Entry| kinds.is_empty() || kinds.iter().any(|kind| i32::from(*kind) == entry.kind);
+        let entries = self.entries.iter().filter(wanted);
+        chunks(
+            (self.term.epoch, self.version),
+            true,
+            entries,
+            [],
+            SignedManifest::default(),
+        )
+        .into_iter()
+        .map(|update| DirectoryChunk {
+            epoch: update.epoch,
+            version: update.version,
+            entries: update.upserts,
+        })
+        .collect()
+    }
+
     fn catch_up(&mut self, session: SessionId, from: CatchUp) {
         let Some(handle) = self.waiting.remove(&session) else {
             return;
@@ -391,7 +419,6 @@ fn encode(change: &Change) -> (Vec<Entry>, Vec<EntryKey>) {
         record.to_entry()
     });
     let removes = change.removes.iter().map(|key| {
-        use warren_keyd_api::proto::EntryKind;
         let (kind, key) = match key {
             RecordKey::Node(name) => (EntryKind::EntryNode, name.to_string()),
             RecordKey::Identity(number) => (EntryKind::EntryIdentity, number.to_string()),

@@ -12,8 +12,8 @@ use warren_keyd_api::{
     convert::{address_from_bytes, datapath_from_proto, slot_from_offer},
     proof::Challenge,
     proto::{
-        AgentMessage, EndpointAdd, EndpointDelete, EndpointResult, Goodbye, Hello, KeyOffer, KeyProof,
-        KeyResult, KeydMessage, Redirect, agent_message, keyd_message::Body,
+        AgentMessage, Answer, EndpointAdd, EndpointDelete, EndpointResult, Goodbye, Hello, KeyOffer,
+        KeyProof, KeyResult, KeydMessage, Redirect, agent_message, keyd_message::Body,
     },
     tls::CertifiedNode,
 };
@@ -31,6 +31,8 @@ use crate::{
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A message that an agent does not take within this time ends its stream.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// A larger response to a question is refused.
+const MAX_RESPONSE_BYTES: usize = 1024 * 1024;
 /// Challenges that may be open at a time: one per slot.
 const OPEN_CHALLENGES: usize = warren_model::node::SLOTS as usize;
 
@@ -302,8 +304,10 @@ impl Reader<'_> {
                 ))
                 .await
             }
-            // Nobody was asked.
-            Said::Answer(_) => None,
+            Said::Answer(answer) => {
+                self.tell(Command::Answer(session, answer.id, response(answer)))
+                    .await
+            }
         }
     }
 
@@ -441,6 +445,17 @@ impl Reader<'_> {
             Err(reason) => Some(End::Goodbye(Goodbye { reason, retry: false })),
         }
     }
+}
+
+/// What an agent answers a question: its response, or a sentence why there is none.
+fn response(answer: Answer) -> Result<String, String> {
+    if !answer.error.is_empty() {
+        return Err(answer.error);
+    }
+    if answer.response_json.len() > MAX_RESPONSE_BYTES {
+        return Err(format!("its response is larger than {MAX_RESPONSE_BYTES} bytes"));
+    }
+    Ok(answer.response_json)
 }
 
 fn addresses(list: &[Vec<u8>]) -> Result<Vec<std::net::IpAddr>, String> {

@@ -35,6 +35,12 @@ pub struct ClusterStatus {
     pub identities: u64,
     /// Number of pod addresses.
     pub workloads: u64,
+    /// Number of policy objects, valid or not.
+    pub policies: u64,
+    /// Of them, those that enforce nothing because something is wrong with them.
+    pub invalid_policies: u64,
+    /// Number of distinct selectors in use.
+    pub selectors: u64,
     /// Refused entries, malformed objects: a sentence each.
     pub problems: Vec<String>,
     /// The nodes, by name.
@@ -154,6 +160,9 @@ impl From<proto::StatusResponse> for ClusterStatus {
             encryption: status.encryption,
             identities: status.identities,
             workloads: status.workloads,
+            policies: status.policies,
+            invalid_policies: status.invalid_policies,
+            selectors: status.selectors,
             problems: status.problems,
             nodes,
         }

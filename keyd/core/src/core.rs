@@ -9,6 +9,7 @@ use crate::{
     event::{Event, Mode, Output, Record, RecordKey, SessionId, SourceEvent},
     identities::Identities,
     nodes::Nodes,
+    policy::PolicyRepository,
     publish::Published,
     sessions::{Sessions, Waiting},
     stored::{Object, Recovered, StoredEndpoint, StoredNode},
@@ -82,6 +83,7 @@ pub struct Core {
     nodes: Nodes,
     endpoints: Endpoints,
     identities: Identities,
+    policies: PolicyRepository,
     sessions: Sessions,
     published: Published,
     synced: bool,
@@ -125,6 +127,7 @@ impl Core {
             nodes: Nodes::new(settings.config.clone(), recovered.nodes),
             endpoints,
             identities,
+            policies: PolicyRepository::default(),
             sessions: Sessions::default(),
             published: Published::default(),
             synced: false,
@@ -256,6 +259,10 @@ impl Core {
     /// The UID under which a node exists now; `None` also before [`SourceEvent::Synced`].
     pub fn node_uid(&self, name: &NodeName) -> Option<&NodeUid> {
         self.synced.then(|| self.nodes.uid(name)).flatten()
+    }
+    /// The policy objects and selectors.
+    pub fn policies(&self) -> &PolicyRepository {
+        &self.policies
     }
     /// One sentence per thing that is wrong.
     pub fn problems(&self) -> Vec<String> {
