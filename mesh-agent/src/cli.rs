@@ -58,6 +58,13 @@ pub(crate) struct RunOptions {
     /// Where eBPF maps and links are pinned; must be on a bpffs.
     #[arg(long, default_value = "/sys/fs/bpf/warren")]
     pub(crate) bpffs: PathBuf,
+    /// The node's cgroup (version 2), the root of everything that has sockets of the host. Default: where cgroup2 is
+    /// mounted.
+    #[arg(long)]
+    pub(crate) cgroup: Option<PathBuf>,
+    /// Most tracked flows of one pod; new ones beyond are dropped and reported.
+    #[arg(long, default_value_t = 32_768, value_parser = clap::value_parser!(u32).range(16..=1_000_000))]
+    pub(crate) flows_per_pod: u32,
     /// Stand-alone: a file with a join token, needed once.
     #[arg(long)]
     pub(crate) join_token_file: Option<PathBuf>,
