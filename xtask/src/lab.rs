@@ -36,7 +36,7 @@ fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
 pub(crate) fn cluster(passed: &Passed) -> Result<()> {
     if passed.arguments.first().is_some_and(|first| first == "up") {
         ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
-        let kubernetes = ["lab-app", "pause", "coredns"].map(String::from);
+        let kubernetes = ["lab-app", "pause", "coredns", "cyclonus-worker"].map(String::from);
         let plain = passed.arguments.iter().any(|argument| argument == "--no-warren");
         image::build(if plain { &kubernetes } else { &[] }, false)?;
     }

@@ -35,7 +35,7 @@ pub(super) fn images(warren: bool) -> Result<Vec<PathBuf>> {
     let target = binaries::folder()?;
     let folder = target.parent().context("the build has no folder")?.join("images");
     let ours: &[&str] = if warren { &["mesh-agent", "keyd"] } else { &[] };
-    ["pause", "coredns", "lab-app"]
+    ["pause", "coredns", "lab-app", "cyclonus-worker"]
         .iter()
         .chain(ours)
         .map(|name| {

@@ -22,7 +22,7 @@ pub(crate) struct Arguments {
     /// Optimised binaries.
     #[arg(long)]
     release: bool,
-    /// Only these images (mesh-agent, keyd, lab-app, pause, coredns).
+    /// Only these images (mesh-agent, keyd, lab-app, pause, coredns, cyclonus-worker).
     #[arg(long)]
     only: Vec<String>,
 }
@@ -41,6 +41,7 @@ const IMAGES: &[(&str, &[&str], Make)] = &[
     ("lab-app", &["warren-e2e"], |ours, _| app(ours)),
     ("pause", &[], |_, cache| single(cache, "pause")),
     ("coredns", &[], |_, cache| single(cache, "coredns")),
+    ("cyclonus-worker", &[], |_, cache| cyclonus_worker(cache)),
 ];
 
 /// Builds the binaries and the images.
@@ -131,6 +132,18 @@ fn app(ours: &Path) -> Result<Image> {
     Ok(Image {
         name: "localhost/warren/lab-app:dev".into(),
         entrypoint: vec!["/usr/bin/warren-lab-app".into()],
+        tree,
+    })
+}
+
+/// The pods that cyclonus makes, under the name that it asks for.
+fn cyclonus_worker(cache: &Path) -> Result<Image> {
+    let mut tree = Tree::new();
+    tree.program(&cache.join("agnhost"), "agnhost")?;
+    tree.program(&cache.join("cyclonus-worker"), "worker")?;
+    Ok(Image {
+        name: "docker.io/mfenwick100/cyclonus-worker:latest".into(),
+        entrypoint: vec!["/worker".into()],
         tree,
     })
 }

@@ -99,6 +99,23 @@ pub(super) fn parts() -> Result<Vec<Part>> {
             "helm",
             &[("helm", "helm.sh/helm/v3/cmd/helm")],
         )?,
+        go(
+            Group::Kubernetes,
+            "agnhost",
+            "server and client of the network policy suites",
+            "agnhost",
+            &[("agnhost", ".")],
+        )?,
+        go(
+            Group::Kubernetes,
+            "cyclonus",
+            "generates network policies and probes what they do",
+            "cyclonus",
+            &[
+                ("cyclonus", "."),
+                ("cyclonus-worker", "github.com/mattfenwick/cyclonus/cmd/worker"),
+            ],
+        )?,
     ];
     for (name, package) in [
         ("kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"),
