@@ -20,13 +20,16 @@ pub mod keys {
     pub const CLUSTER: &str = "io.cilium.k8s.policy.cluster";
     /// What the labels of a pod's namespace start with.
     pub const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
+    /// The source of labels that carry a pod's named ports (`port:http` = `TCP/8080`), with its colon. A key without a
+    /// source never means them.
+    pub const PORT_SOURCE: &str = "port:";
 }
 
 /// Who gave a label.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum LabelSource {
-    /// Any source: a key without a prefix, or with `any:`.
+    /// Any source that tells who a workload is: a key without a prefix, or with `any:`. Not `port:`.
     Any,
     /// Kubernetes: pod, namespace, service account, cluster.
     K8s,
@@ -106,6 +109,7 @@ impl LabelKey {
     /// The values that an identity has under the key: several where it names no source.
     fn values<'a>(&self, labels: &'a Labels) -> impl Iterator<Item = &'a str> {
         let sources: &[&str] = match &self.source {
+            // Not the source of named ports: `matchLabels: {http: ...}` asks for a label, not for a port.
             LabelSource::Any => &["k8s", "reserved", "cidr", "fqdn"],
             other => &[other.prefix()],
         };
@@ -396,6 +400,29 @@ mod tests {
         }
         assert!(one("host", Operator::Exists).matches(&reserved_labels(IdentityId::HOST, false)));
         assert!(!one("container:app", Operator::Exists).matches(&pod));
+    }
+
+    #[test]
+    fn a_bare_key_never_means_a_named_port() {
+        let pod = labels(&[("k8s:app", "web"), ("port:http", "TCP/8080")]);
+        for key in [
+            "http",
+            "any:http",
+            "k8s:http",
+            "reserved:http",
+            "cidr:http",
+            "fqdn:http",
+        ] {
+            for (operator, expected) in [
+                (Operator::Exists, false),
+                (Operator::DoesNotExist, true),
+                (Operator::In(set(&["TCP/8080"])), false),
+                (Operator::NotIn(set(&["TCP/8080"])), true),
+            ] {
+                let selector = one(key, operator);
+                assert_eq!(selector.matches(&pod), expected, "{selector}");
+            }
+        }
     }
 
     #[test]

@@ -4,6 +4,9 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
+use super::label::keys;
+use crate::identity::Labels;
+
 /// A protocol that policies can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
@@ -114,6 +117,34 @@ impl NamedPorts {
             .filter(|(of, _)| *of == protocol)
             .map(|(_, number)| *number)
     }
+
+    /// The labels that carry the ports in an identity: `port:http` = `TCP/8080`. No selector of a policy asks for
+    /// them.
+    pub fn labels(&self) -> impl Iterator<Item = (String, String)> + '_ {
+        self.0.iter().map(|(name, (protocol, number))| {
+            (
+                format!("{}{name}", keys::PORT_SOURCE),
+                format!("{protocol}/{number}"),
+            )
+        })
+    }
+
+    /// The ports that an identity's labels carry; what is no port is left out.
+    pub fn of(labels: &Labels) -> Self {
+        let port = |(key, value): (&String, &String)| {
+            let name = key.strip_prefix(keys::PORT_SOURCE)?;
+            let (protocol, number) = value.split_once('/')?;
+            let protocol = Protocol::WITH_PORTS
+                .into_iter()
+                .find(|known| known.name() == protocol)?;
+            Some((name.to_owned(), (protocol, number.parse().ok()?)))
+        };
+        // Sorted by key: all keys of the source are neighbours.
+        let from = keys::PORT_SOURCE.to_owned();
+        let range = labels.0.range(from..);
+        let ports = range.take_while(|(key, _)| key.starts_with(keys::PORT_SOURCE));
+        Self(ports.filter_map(port).collect())
+    }
 }
 
 #[cfg(test)]
@@ -126,5 +157,33 @@ mod tests {
         assert_eq!(ports.number(Protocol::Udp, "dns"), Some(53));
         assert_eq!(ports.number(Protocol::Tcp, "dns"), None);
         assert_eq!(ports.number(Protocol::Udp, "web"), None);
+    }
+
+    #[test]
+    fn ports_travel_as_labels() {
+        let ports = NamedPorts(
+            [
+                ("dns".to_owned(), (Protocol::Udp, 53)),
+                ("http".to_owned(), (Protocol::Tcp, 8080)),
+                ("m3ua".to_owned(), (Protocol::Sctp, 2905)),
+            ]
+            .into(),
+        );
+        let mut labels = Labels(ports.labels().collect());
+        assert_eq!(
+            labels.to_string(),
+            "port:dns=UDP/53,port:http=TCP/8080,port:m3ua=SCTP/2905"
+        );
+        labels.0.insert("k8s:app".into(), "web".into());
+        labels.0.insert("reserved:init".into(), String::new());
+        for (name, bad) in [
+            ("a", "TCP/65536"),
+            ("b", "ICMP/8"),
+            ("c", "8080"),
+            ("d", "tcp/80"),
+        ] {
+            labels.0.insert(format!("port:{name}"), bad.into());
+        }
+        assert_eq!(NamedPorts::of(&labels), ports);
     }
 }
