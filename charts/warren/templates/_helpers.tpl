@@ -56,5 +56,8 @@ keydPort: {{ int .Values.keyd.port }}
 apiserverPort: {{ int .Values.apiServer.port }}
 keepaliveSeconds: {{ int .Values.wireguard.persistentKeepalive }}
 markMask: {{ int64 .Values.markMask }}
+nodePorts: {{ toJson .Values.nodePorts }}
+hostReachesPods: {{ .Values.policy.hostReachesPods }}
+policyAudit: {{ .Values.policy.audit }}
 snapshotExpirySeconds: {{ int64 .Values.keyd.snapshotExpiry }}
 {{- end }}

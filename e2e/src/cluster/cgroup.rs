@@ -52,6 +52,14 @@ pub(super) fn hierarchies() -> Result<Vec<(PathBuf, Option<String>)>> {
     Ok(found)
 }
 
+/// Where a node has the v2 hierarchy.
+pub(super) fn unified() -> Result<PathBuf> {
+    let found = hierarchies()?
+        .into_iter()
+        .find_map(|(folder, option)| option.is_none().then_some(folder));
+    found.context("no cgroup2 is mounted: mount one, as in `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified`")
+}
+
 /// Makes the node's groups and moves the calling process into them.
 pub(super) fn enter(id: &str, node: &str) -> Result<()> {
     for (folder, _) in hierarchies()? {

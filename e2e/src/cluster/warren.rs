@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use warren_agent_api::EncryptStatus;
 use warren_model::ClusterConfig;
 
-use super::{Cluster, address, tools};
+use super::{Cluster, address, cgroup, tools};
 use crate::lab::{
     net::{node_pools, pod_pools},
     wait::wait_until,
@@ -113,6 +113,8 @@ impl Cluster {
                 list(address::SERVICE_CIDRS.map(String::from).to_vec())
             ),
             "image.pullPolicy=Never".into(),
+            "policy.installCRDs=true".into(),
+            format!("agent.cgroup={}", cgroup::unified()?.display()),
         ];
         for value in fixed
             .into_iter()
