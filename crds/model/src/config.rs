@@ -76,6 +76,13 @@ pub struct ClusterConfig {
     /// Audit mode for the whole cluster: policy is computed and reported, nothing is dropped by it.
     #[serde(default)]
     pub policy_audit: bool,
+    /// Labels of pods that are no part of an identity: keys, or their beginnings with `*` behind. Labels that differ from
+    /// pod to pod, or from revision to revision, would make an identity of each.
+    #[serde(default = "default_ignored_labels")]
+    pub ignored_labels: Vec<String>,
+    /// The most identities that the pods of one namespace may have; pods with further label sets stay closed.
+    #[serde(default = "default_identities_per_namespace")]
+    pub identities_per_namespace: u32,
     /// How long a snapshot is good, seconds.
     #[serde(default = "default_expiry")]
     pub snapshot_expiry_seconds: u64,
@@ -104,6 +111,25 @@ fn default_mark_mask() -> u32 {
 }
 fn default_node_ports() -> (u16, u16) {
     (30_000, 32_767)
+}
+/// What controllers of Kubernetes write, with another value per replica, revision or run.
+pub fn default_ignored_labels() -> Vec<String> {
+    [
+        "apps.kubernetes.io/pod-index",
+        "batch.kubernetes.io/*",
+        "controller-revision-hash",
+        "controller-uid",
+        "job-name",
+        "pod-template-generation",
+        "pod-template-hash",
+        "statefulset.kubernetes.io/pod-name",
+    ]
+    .map(str::to_owned)
+    .into()
+}
+/// An eighth of all numbers.
+pub fn default_identities_per_namespace() -> u32 {
+    8192
 }
 fn default_expiry() -> u64 {
     24 * 3600
@@ -146,10 +172,31 @@ impl ClusterConfig {
         if self.mark_mask.count_ones() < 13 {
             return Err(format!("markMask {:#x} has fewer than 13 bits", self.mark_mask));
         }
+        if self.identities_per_namespace == 0 {
+            return Err("identitiesPerNamespace is 0: no pod could have an identity".into());
+        }
+        if let Some(bad) = self.ignored_labels.iter().find(|label| {
+            let name = label.strip_suffix('*').unwrap_or(label);
+            name.is_empty() || name.contains('*')
+        }) {
+            return Err(format!(
+                "ignoredLabels has {bad:?}: write a label's key, or its beginning and one `*`"
+            ));
+        }
         if self.wireguard_port > u16::MAX - 2 {
             return Err("wireguardPort leaves no room for the three slots".into());
         }
         Ok(())
+    }
+
+    /// Whether a label of this key is no part of an identity.
+    pub fn ignores_label(&self, key: &str) -> bool {
+        self.ignored_labels
+            .iter()
+            .any(|pattern| match pattern.strip_suffix('*') {
+                Some(beginning) => key.starts_with(beginning),
+                None => key == pattern,
+            })
     }
 
     /// The UDP port of a slot.
