@@ -4,6 +4,7 @@
 //! machine compiles it in seconds. It may install packages and write to the cache and to `target`; it never
 //! touches the machine's network.
 
+mod bench;
 mod command;
 mod deps;
 mod generate;
@@ -47,6 +48,9 @@ enum Command {
     Deps,
     /// Ten minutes through the tunnel engine, at least four rekeys, nothing may be lost.
     Soak(lab::Passed),
+    /// How fast it is, beside others.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// What needs WireGuard in the kernel, or another kernel, in a virtual machine.
     Vm(vm::Arguments),
 }
@@ -62,6 +66,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Deps => deps::run(),
         Command::Soak(passed) => soak::run(&passed),
+        Command::Bench(bench) => bench::run(&bench),
         Command::Vm(arguments) => vm::run(&arguments),
     };
     match result {

@@ -40,7 +40,7 @@ impl Group {
                 "rustc-web",
             ],
             Self::Checks => &[],
-            Self::Peers => &["iperf3"],
+            Self::Peers => &["ethtool", "iperf3"],
             Self::Kubernetes => &[
                 "busybox-static",
                 "conntrack",

@@ -56,6 +56,14 @@ pub enum Implementation {
     Boringtun,
 }
 
+impl std::fmt::Display for Implementation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Boringtun => f.write_str("boringtun"),
+        }
+    }
+}
+
 impl std::str::FromStr for Implementation {
     type Err = String;
 

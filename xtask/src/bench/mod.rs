@@ -1,0 +1,23 @@
+//! `cargo xtask bench`: how fast, beside others.
+
+mod tunnel;
+
+use anyhow::Result;
+use clap::Subcommand;
+
+use crate::lab::Passed;
+
+/// What can be measured.
+#[derive(Subcommand)]
+pub(crate) enum Bench {
+    /// The tunnel engine beside wireguard-go and boringtun-cli, between two namespaces: medians and ratios.
+    /// `--json FILE`, `--rounds N`, `--seconds N`, `--only TEST,...`.
+    Tunnel(Passed),
+}
+
+/// Measures.
+pub(crate) fn run(bench: &Bench) -> Result<()> {
+    match bench {
+        Bench::Tunnel(passed) => tunnel::run(passed),
+    }
+}
