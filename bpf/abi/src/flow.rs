@@ -10,9 +10,9 @@ pub struct FlowKey {
     pub local: [u8; 16],
     /// The peer's address.
     pub remote: [u8; 16],
-    /// The endpoint's port; identifier of an ICMP echo; else 0. Network byte order.
+    /// The endpoint's port; identifier of an ICMP echo that the endpoint asked for; else 0. Network byte order.
     pub local_port: [u8; 2],
-    /// The peer's port; the same identifier again for an ICMP echo; else 0. Network byte order.
+    /// The peer's port; identifier of an ICMP echo that the peer asked for; else 0. Network byte order.
     pub remote_port: [u8; 2],
     /// Index of the endpoint, 0 = the host.
     pub endpoint: u16,
@@ -24,7 +24,7 @@ pub struct FlowKey {
 
 /// Flag of [`FlowValue`]: the endpoint opened the flow (else the peer did).
 pub const FLOW_EGRESS: u8 = 1;
-/// Flag of [`FlowValue`]: policy has allowed it. Without it the entry only lets replies from service addresses in.
+/// Flag of [`FlowValue`]: policy has allowed it. Without it the entry only lets replies from translated addresses in.
 pub const FLOW_JUDGED: u8 = 2;
 /// Flag of [`FlowValue`]: policy denies it, audit mode lets it pass.
 pub const FLOW_AUDIT: u8 = 4;
@@ -36,6 +36,9 @@ pub const FLOW_FIN_LOCAL: u8 = 16;
 pub const FLOW_FIN_REMOTE: u8 = 32;
 /// Flag of [`FlowValue`]: reset.
 pub const FLOW_RESET: u8 = 64;
+
+/// In [`FlowValue::peer_mark`]: the peer's packets came in by a device, without a mark.
+pub const PEER_FORWARDED: u32 = u32::MAX;
 
 /// What is known of a flow. Times are seconds of the monotonic clock.
 #[repr(C)]
@@ -53,7 +56,9 @@ pub struct FlowValue {
     pub rule: u32,
     /// Identity of the peer at that time.
     pub peer: u32,
-    /// Encoded mark of the peer where that named it (a local endpoint, maybe masqueraded), else 0.
+    /// Where the peer's packets come from: encoded mark (not judged) of a local endpoint, maybe masqueraded; the tunnel
+    /// mark; [`PEER_FORWARDED`]; 0 for this host. 0 also where the endpoint opened the flow to somebody who is no
+    /// local endpoint.
     pub peer_mark: u32,
     /// Destination port, or ICMP type, of its first packet: what policy is asked again with. Host byte order.
     pub port: u16,
@@ -73,8 +78,14 @@ pub struct FlowState {
     pub collected: u32,
     /// Most flows of one endpoint.
     pub limit: u32,
-    /// First and last NodePort, as `first << 16 | last`.
+    /// First and last NodePort, as `first << 16 | last`; 0 = none.
     pub node_ports: u32,
+    /// First and last port of WireGuard on this node, as `first << 16 | last`; 0 = none. Host policy never stands in
+    /// their way.
+    pub wireguard_ports: u32,
+    /// Until when, seconds of the monotonic clock, TCP and SCTP packets in the middle of a connection may open a flow:
+    /// for a while after new maps. Later they are judged one by one.
+    pub adopt_until: u32,
 }
 
 /// A datagram in fragments.
@@ -101,12 +112,18 @@ pub struct FragmentKey {
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct FragmentValue {
-    /// Source port, network byte order.
+    /// Source port, network byte order. Of an ICMP echo as in [`FlowKey`].
     pub source_port: [u8; 2],
     /// Destination port, network byte order.
     pub destination_port: [u8; 2],
     /// When, seconds of the monotonic clock.
     pub seen: u32,
+    /// What policy is asked with: destination port, or ICMP type. Host byte order.
+    pub port: u16,
+    /// IP protocol of the payload: IPv6 may have extension headers in its fragments.
+    pub protocol: u8,
+    /// Zero.
+    pub padding: u8,
 }
 
 /// What an event says happened.
@@ -218,8 +235,8 @@ pub struct RepeatValue {
 const _: () = {
     assert!(size_of::<FlowKey>() == 40);
     assert!(size_of::<FlowValue>() == 32);
-    assert!(size_of::<FlowState>() == 16);
-    assert!(size_of::<FragmentKey>() == 44 && size_of::<FragmentValue>() == 8);
+    assert!(size_of::<FlowState>() == 24);
+    assert!(size_of::<FragmentKey>() == 44 && size_of::<FragmentValue>() == 12);
     assert!(size_of::<Event>() == 88);
     assert!(size_of::<RepeatKey>() == 40 && size_of::<RepeatValue>() == 16);
 };

@@ -13,15 +13,15 @@ mod reason;
 
 pub use flow::*;
 pub use map::{
-    DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, PathValue, RoleTag, SettingsValue,
-    TraceValue, limits, names,
+    DeviceValue, EndpointValue, NodeKey, NodeValue, OwnerTag, OwnerValue, POOL_PODS, POOL_SERVICES,
+    PathValue, RoleTag, SettingsValue, TraceValue, limits, names,
 };
-pub use mark::{MarkCodec, Provenance, TUNNEL_MARK};
+pub use mark::{MarkCodec, Provenance, TUNNEL_MARK, judged};
 pub use policy::*;
 pub use reason::{DropReason, Hook};
 
 /// Version of the maps. Part of the path that they are pinned under.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Largest endpoint index that the mark can hold.
 pub const MAX_ENDPOINT_INDEX: u16 = 0xfff;
 /// Most addresses of one family that an endpoint can have.

@@ -12,7 +12,7 @@ pub mod names {
     pub const DEVICES: &str = "DEVICES";
     /// Hash, ifindex to [`EndpointValue`](crate::EndpointValue).
     pub const ENDPOINTS: &str = "ENDPOINTS";
-    /// Hash, encoded endpoint mark to identity.
+    /// Hash, encoded mark of an endpoint (not judged) to [`MarkValue`](crate::MarkValue).
     pub const IDENTITIES: &str = "IDENTITIES";
     /// LPM trie, IPv4 prefix to [`OwnerValue`](crate::OwnerValue).
     pub const OWNERS4: &str = "OWNERS4";
@@ -20,9 +20,11 @@ pub mod names {
     pub const OWNERS6: &str = "OWNERS6";
     /// Hash, node number to [`PathValue`](crate::PathValue).
     pub const PATHS: &str = "PATHS";
-    /// LPM trie, IPv4 pod pools to 1.
+    /// LPM trie, IPv4 pools of pods and of services to [`POOL_PODS`](crate::POOL_PODS) or
+    /// [`POOL_SERVICES`](crate::POOL_SERVICES).
     pub const POOLS4: &str = "POOLS4";
-    /// LPM trie, IPv6 pod pools to 1.
+    /// LPM trie, IPv6 pools of pods and of services to [`POOL_PODS`](crate::POOL_PODS) or
+    /// [`POOL_SERVICES`](crate::POOL_SERVICES).
     pub const POOLS6: &str = "POOLS6";
     /// Hash, [`NodeKey`](crate::NodeKey) to [`NodeValue`](crate::NodeValue).
     pub const NODES: &str = "NODES";
@@ -63,7 +65,7 @@ pub mod names {
     pub const EVENTS_LOST: &str = "EVENTS_LOST";
 
     /// All of them.
-    pub const ALL: [&str; 14] = [
+    pub const ALL: [&str; 27] = [
         SETTINGS,
         DEVICES,
         ENDPOINTS,
@@ -78,6 +80,19 @@ pub mod names {
         TRACE,
         STACK_DROPS,
         STACK_SITES,
+        POLICY_ENDPOINTS,
+        POLICY_PORTS,
+        POLICY_VERDICTS,
+        POLICY_CIDRS4,
+        POLICY_CIDRS6,
+        FLOWS,
+        FLOWS_NEW,
+        FLOW_COUNTS,
+        FLOW_STATE,
+        FRAGMENTS,
+        EVENTS,
+        EVENT_REPEATS,
+        EVENTS_LOST,
     ];
 }
 
@@ -91,7 +106,7 @@ pub mod limits {
     pub const OWNERS: u32 = 262_144;
     /// Nodes with a path.
     pub const PATHS: u32 = 65_536;
-    /// Pod pools of one family.
+    /// Pools of pods and services of one family.
     pub const POOLS: u32 = 1_024;
     /// Addresses of nodes.
     pub const NODES: u32 = 262_144;
@@ -103,7 +118,30 @@ pub mod limits {
     pub const STACK_REASONS: u32 = 256;
     /// Places in the kernel that drop without a reason.
     pub const STACK_SITES: u32 = 1_024;
+    /// Policies of endpoints, the host's included: one for each number that the mark can hold.
+    pub const POLICY_ENDPOINTS: u32 = 4_096;
+    /// Ports and ranges of ports, over all policies.
+    pub const POLICY_PORTS: u32 = 262_144;
+    /// Verdicts, over all policies.
+    pub const POLICY_VERDICTS: u32 = 1_048_576;
+    /// Prefixes of one family that rules name.
+    pub const POLICY_CIDRS: u32 = 65_536;
+    /// Flows that have seen a reply.
+    pub const FLOWS: u32 = 262_144;
+    /// Flows that have not.
+    pub const FLOWS_NEW: u32 = 65_536;
+    /// Datagrams in fragments.
+    pub const FRAGMENTS: u32 = 8_192;
+    /// Bytes of the ring buffer of events: a power of two.
+    pub const EVENTS: u32 = 1 << 20;
+    /// Events that are told together.
+    pub const EVENT_REPEATS: u32 = 8_192;
 }
+
+/// What a pool's addresses are: pods.
+pub const POOL_PODS: u32 = 1;
+/// What a pool's addresses are: services, which the stack translates.
+pub const POOL_SERVICES: u32 = 2;
 
 /// What holds for all packets. All zero until the loader wrote it: the programs then drop everything.
 #[repr(C)]

@@ -4,6 +4,11 @@ use crate::MAX_ENDPOINT_INDEX;
 
 /// Logical value of "decrypted from the tunnel, owner of the source checked".
 pub const TUNNEL_MARK: u16 = 0x1000;
+/// Logical value of "the local endpoint of this index sent it, and its egress was judged".
+pub const fn judged(index: u16) -> u16 {
+    TUNNEL_MARK | (index & MAX_ENDPOINT_INDEX)
+}
+
 /// Bits that a logical value needs.
 const BITS: u32 = 13;
 
@@ -14,10 +19,10 @@ pub enum Provenance {
     Unknown,
     /// Decrypted from the tunnel, owner of the source checked.
     Tunnel,
-    /// The local endpoint of this index sent it.
+    /// The local endpoint of this index sent it; its egress is not judged yet.
     Endpoint(u16),
-    /// No value that Warren writes.
-    Foreign,
+    /// The local endpoint of this index sent it; its egress was judged.
+    Judged(u16),
 }
 
 /// Translates between logical values and marks. The programs never do: they compare and write encoded values.
@@ -87,7 +92,7 @@ impl MarkCodec {
             0 => Provenance::Unknown,
             TUNNEL_MARK => Provenance::Tunnel,
             index if index <= MAX_ENDPOINT_INDEX => Provenance::Endpoint(index),
-            _ => Provenance::Foreign,
+            judged => Provenance::Judged(judged & MAX_ENDPOINT_INDEX),
         }
     }
 }
@@ -124,6 +129,10 @@ mod tests {
         assert_eq!(codec.provenance(0x2000 | 0x4000), Provenance::Tunnel);
         assert_eq!(codec.provenance(0x4000), Provenance::Unknown);
         assert_eq!(codec.provenance(0x101), Provenance::Endpoint(0x81));
-        assert_eq!(codec.provenance(0x2001), Provenance::Foreign);
+        assert_eq!(codec.provenance(0x2001), Provenance::Judged(1));
+        assert_eq!(
+            codec.provenance(codec.encode(judged(0xfff))),
+            Provenance::Judged(0xfff)
+        );
     }
 }

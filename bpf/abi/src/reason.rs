@@ -37,6 +37,8 @@ named! {
         BarrierIn => "barrier_in",
         /// Egress of any other device.
         BarrierOut => "barrier_out",
+        /// Ingress of the host's sockets.
+        ToHost => "to_host",
     }
 }
 
@@ -91,8 +93,24 @@ named! {
         CleartextIn => "cleartext-in",
         /// This node's own address as source of a packet from outside.
         OwnAddress => "own-address",
-        /// Policy denies it.
+        /// A rule of policy denies it.
         Policy => "policy",
+        /// Policy is default-deny in this direction, and no rule allows it.
+        DefaultDeny => "default-deny",
+        /// The endpoint's policy is not known yet: it is closed.
+        NoPolicy => "no-policy",
+        /// A later fragment whose first was not seen: its ports are not known.
+        UnknownFragment => "unknown-fragment",
+        /// A first fragment that ends before the transport header does.
+        TinyFragment => "tiny-fragment",
+        /// A later fragment that would overwrite the transport header.
+        OverlappingFragment => "overlapping-fragment",
+        /// The endpoint has as many flows as it may.
+        FlowLimit => "flow-limit",
+        /// The flow could not be stored.
+        FlowTable => "flow-table",
+        /// A service's address as source of a packet from outside.
+        ServiceAddress => "service-address",
     }
 }
 

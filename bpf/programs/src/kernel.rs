@@ -4,12 +4,13 @@ use aya_ebpf::{
     bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
     helpers::bpf_probe_read_kernel,
     macros::map,
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, PerCpuHashMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
     programs::{RawTracePointContext, TcContext},
 };
 use warren_abi::{
-    DeviceValue, DropReason, EndpointValue, Hook, NodeKey, NodeValue, OwnerValue, PathValue, SettingsValue,
-    TraceValue, limits,
+    Cidr4Key, Cidr6Key, DeviceValue, DropReason, EndpointValue, FlowKey, FlowState, FlowValue, FragmentKey,
+    FragmentValue, Hook, MarkValue, NodeKey, NodeValue, OwnerValue, PathValue, PolicyValue, PortKey,
+    PortValue, RepeatKey, RepeatValue, SettingsValue, TraceValue, VerdictKey, VerdictValue, limits,
 };
 use warren_programs::{Address, Maps, Meta, Packet};
 
@@ -21,7 +22,7 @@ static DEVICES: HashMap<u32, DeviceValue> = HashMap::with_max_entries(limits::DE
 static ENDPOINTS: HashMap<u32, EndpointValue> =
     HashMap::with_max_entries(limits::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map]
-static IDENTITIES: HashMap<u32, u32> = HashMap::with_max_entries(limits::ENDPOINTS, BPF_F_NO_PREALLOC);
+static IDENTITIES: HashMap<u32, MarkValue> = HashMap::with_max_entries(limits::ENDPOINTS, BPF_F_NO_PREALLOC);
 #[map]
 static OWNERS4: LpmTrie<[u8; 4], OwnerValue> = LpmTrie::with_max_entries(limits::OWNERS, 0);
 #[map]
@@ -43,6 +44,35 @@ static STACK_DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(limits::STA
 #[map]
 static STACK_SITES: PerCpuHashMap<u64, u64> =
     PerCpuHashMap::with_max_entries(limits::STACK_SITES, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_ENDPTS: HashMap<u16, PolicyValue> =
+    HashMap::with_max_entries(limits::POLICY_ENDPOINTS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_PORTS: LpmTrie<PortKey, PortValue> = LpmTrie::with_max_entries(limits::POLICY_PORTS, 0);
+#[map]
+static POLICY_VERDICT: HashMap<VerdictKey, VerdictValue> =
+    HashMap::with_max_entries(limits::POLICY_VERDICTS, BPF_F_NO_PREALLOC);
+#[map]
+static POLICY_CIDRS4: LpmTrie<Cidr4Key, u32> = LpmTrie::with_max_entries(limits::POLICY_CIDRS, 0);
+#[map]
+static POLICY_CIDRS6: LpmTrie<Cidr6Key, u32> = LpmTrie::with_max_entries(limits::POLICY_CIDRS, 0);
+#[map]
+static FLOWS: HashMap<FlowKey, FlowValue> = HashMap::with_max_entries(limits::FLOWS, BPF_F_NO_PREALLOC);
+#[map]
+static FLOWS_NEW: LruHashMap<FlowKey, FlowValue> = LruHashMap::with_max_entries(limits::FLOWS_NEW, 0);
+#[map]
+static FLOW_COUNTS: Array<u32> = Array::with_max_entries(limits::POLICY_ENDPOINTS, 0);
+#[map]
+static FLOW_STATE: Array<FlowState> = Array::with_max_entries(1, 0);
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, FragmentValue> = LruHashMap::with_max_entries(limits::FRAGMENTS, 0);
+#[map]
+static EVENTS: RingBuf = RingBuf::with_byte_size(limits::EVENTS, 0);
+#[map]
+static EVENT_REPEATS: LruHashMap<RepeatKey, RepeatValue> =
+    LruHashMap::with_max_entries(limits::EVENT_REPEATS, 0);
+#[map]
+static EVENTS_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
 /// A packet in the kernel.
 pub(crate) struct Skb<'a>(pub(crate) &'a TcContext);
@@ -109,7 +139,7 @@ impl Maps for KernelMaps {
     #[inline(always)]
     fn endpoint_identity(&self, mark: u32) -> u32 {
         // SAFETY: as above.
-        unsafe { IDENTITIES.get(mark) }.copied().unwrap_or(0)
+        unsafe { IDENTITIES.get(mark) }.map_or(0, |value| value.identity)
     }
 
     #[inline(always)]
