@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use warren_e2e::{
     lab::{
         KEYD_SOCKET, Lab, PodSpec, binaries,
+        manifests::NodeManifest,
         net::{node_address, pod_cidrs},
         wait::wait_until,
     },
@@ -63,7 +64,7 @@ fn a_node_without_pod_cidrs_is_reported() -> Result<()> {
     Lab::run(two_nodes(true), |lab| {
         let (client, server) = client_and_server(lab)?;
         lab.manifests()
-            .node("lonely", "uid-lonely", node_address(50), &[])?;
+            .node(&NodeManifest::new("lonely", "uid-lonely", node_address(50), &[]))?;
         keyd_complains(lab, &["lonely", "podCIDR"])?;
         answers(&client, &server)
     })
@@ -73,8 +74,12 @@ fn a_node_without_pod_cidrs_is_reported() -> Result<()> {
 fn overlapping_pod_cidrs_are_refused_and_their_owner_keeps_them() -> Result<()> {
     Lab::run(two_nodes(true), |lab| {
         let (client, server) = client_and_server(lab)?;
-        lab.manifests()
-            .node("thief", "uid-thief", node_address(51), &pod_cidrs(2))?;
+        lab.manifests().node(&NodeManifest::new(
+            "thief",
+            "uid-thief",
+            node_address(51),
+            &pod_cidrs(2),
+        ))?;
         keyd_complains(lab, &["thief", "10.244.2.0/24"])?;
         answers(&client, &server)?;
         answers(&server, &client)?;

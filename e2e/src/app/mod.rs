@@ -4,7 +4,10 @@
 
 pub mod ask;
 pub mod flow;
+pub mod hammer;
 pub mod ping;
+pub mod probe;
 pub mod serve;
+pub mod session;
 pub mod transfer;
 pub mod wire;

@@ -9,8 +9,11 @@ use warren_e2e::{
     app::{
         ask::{AskArgs, ask},
         flow::{self, FlowArgs},
+        hammer::{HammerArgs, hammer},
         ping::{PingArgs, ping},
+        probe::{ProbeArgs, probe},
         serve,
+        session::{SessionArgs, session},
         transfer::{TransferArgs, transfer},
     },
     inside::{self, EnterArgs, ExecArgs, PodArgs, ReaperArgs, SandboxArgs},
@@ -37,6 +40,12 @@ enum Verb {
     Transfer(TransferArgs),
     /// Numbered UDP packets at a steady rate.
     Flow(FlowArgs),
+    /// Many questions at once: some must be answered, the others must meet silence.
+    Probe(ProbeArgs),
+    /// A long conversation; a line per answer.
+    Session(SessionArgs),
+    /// Datagrams and connections to addresses, whether anybody lives there or not.
+    Hammer(HammerArgs),
     /// Runs a command in another process's namespaces.
     Enter(EnterArgs),
     /// The child of `enter`.
@@ -108,6 +117,9 @@ fn run(verb: Verb) -> Result<i32> {
             Duration::from_millis(args.timeout),
         )?),
         Verb::Flow(args) => print(&flow::run(&args)?),
+        Verb::Probe(args) => print(&probe(&args)?),
+        Verb::Session(args) => session(&args).map(|()| 0),
+        Verb::Hammer(args) => print(&hammer(&args)?),
         Verb::Enter(args) => inside::enter(&args),
         Verb::Exec(args) => inside::exec_child(&args).map(|()| 0),
         Verb::Reaper(args) => inside::reaper(&args).map(|()| 0),

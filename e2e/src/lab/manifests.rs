@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::net::DualStack;
+use super::{PodSpec, net::DualStack};
 
 /// The folder.
 #[derive(Debug)]
@@ -47,30 +47,50 @@ impl Manifests {
     }
 
     /// A Node; without `cidrs` it has none.
-    pub fn node(&self, name: &str, uid: &str, addresses: DualStack, cidrs: &[IpNet]) -> Result<()> {
+    pub fn node(&self, node: &NodeManifest<'_>) -> Result<()> {
+        let NodeManifest {
+            name,
+            cidrs,
+            labels,
+            annotations,
+            ..
+        } = node;
         let cidrs: Vec<_> = cidrs.iter().map(IpNet::to_string).collect();
         let mut spec = json!({});
         if let Some(first) = cidrs.first() {
             spec = json!({"podCIDR": first, "podCIDRs": cidrs});
         }
-        let addresses: Vec<_> = addresses
+        let addresses: Vec<_> = node
+            .addresses
             .both()
             .iter()
             .map(|address| json!({"type": "InternalIP", "address": address}))
             .collect();
+        let mut labels = labels.clone();
+        labels.insert("kubernetes.io/hostname".into(), (*name).into());
         self.write(
             &node_file(name),
             &json!({
                 "apiVersion": "v1",
                 "kind": "Node",
-                "metadata": {"name": name, "uid": uid, "labels": {"kubernetes.io/hostname": name}},
+                "metadata": {"name": name, "uid": node.uid, "labels": labels, "annotations": annotations},
                 "spec": spec,
                 "status": {"addresses": addresses},
             }),
         )
     }
 
-    /// A Namespace.
+    /// Any object with a kind and a name, in a file of its own; the same object again replaces it.
+    pub fn apply(&self, object: &Value) -> Result<()> {
+        self.write(&object_file(object)?, object)
+    }
+
+    /// Removes what [`Self::apply`] wrote.
+    pub fn withdraw(&self, object: &Value) -> Result<()> {
+        self.remove(&object_file(object)?)
+    }
+
+    /// A Namespace without labels but its name.
     pub fn namespace(&self, name: &str) -> Result<()> {
         self.write(
             &format!("namespace-{name}.yaml"),
@@ -83,28 +103,74 @@ impl Manifests {
     }
 
     /// A Pod as the API server would show it before its address is known.
-    pub fn pod(
-        &self,
-        namespace: &str,
-        name: &str,
-        uid: &str,
-        node: &str,
-        labels: &BTreeMap<String, String>,
-    ) -> Result<()> {
+    pub fn pod(&self, spec: &PodSpec, uid: &str, node: &str) -> Result<()> {
+        let ports: Vec<_> = spec
+            .named_ports
+            .iter()
+            .map(|(name, port)| json!({"name": name, "containerPort": port, "protocol": "TCP"}))
+            .collect();
         self.write(
-            &pod_file(namespace, name),
+            &pod_file(&spec.namespace, &spec.name),
             &json!({
                 "apiVersion": "v1",
                 "kind": "Pod",
-                "metadata": {"name": name, "namespace": namespace, "uid": uid, "labels": labels},
+                "metadata": {
+                    "name": spec.name,
+                    "namespace": spec.namespace,
+                    "uid": uid,
+                    "labels": spec.labels,
+                    "annotations": spec.annotations,
+                },
                 "spec": {
                     "nodeName": node,
-                    "serviceAccountName": "default",
-                    "containers": [{"name": "app", "image": "localhost/lab:1"}],
+                    "serviceAccountName": spec.service_account,
+                    "containers": [{"name": "app", "image": "localhost/lab:1", "ports": ports}],
                 },
             }),
         )
     }
+}
+
+/// What a Node object says.
+#[derive(Debug)]
+pub struct NodeManifest<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// UID.
+    pub uid: &'a str,
+    /// Internal addresses.
+    pub addresses: DualStack,
+    /// podCIDRs.
+    pub cidrs: &'a [IpNet],
+    /// Labels besides its host name.
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl<'a> NodeManifest<'a> {
+    /// Without labels and annotations.
+    pub fn new(name: &'a str, uid: &'a str, addresses: DualStack, cidrs: &'a [IpNet]) -> Self {
+        Self {
+            name,
+            uid,
+            addresses,
+            cidrs,
+            labels: BTreeMap::new(),
+            annotations: BTreeMap::new(),
+        }
+    }
+}
+
+/// Name of any object's file.
+fn object_file(object: &Value) -> Result<String> {
+    let text = |path: &str| object.pointer(path).and_then(Value::as_str);
+    let kind = text("/kind").context("an object without kind")?.to_lowercase();
+    let name = text("/metadata/name").context("an object without name")?;
+    Ok(match text("/metadata/namespace") {
+        Some(namespace) => format!("{kind}-{namespace}-{name}.yaml"),
+        None => format!("{kind}-{name}.yaml"),
+    })
 }
 
 /// Name of a Node's file.

@@ -12,6 +12,7 @@
 //! ```
 
 pub mod binaries;
+pub mod check;
 pub mod cni;
 pub mod manifests;
 pub mod net;
@@ -20,6 +21,8 @@ mod options;
 mod pod;
 pub mod process;
 mod running;
+pub mod seen;
+pub mod service;
 pub mod wait;
 
 use std::{
@@ -40,15 +43,17 @@ use anyhow::{Context as _, Result, ensure};
 use warren_model::{ClusterConfig, PrefixSource};
 
 pub use self::{
+    check::{Check, Checked, Hammer, Session, all_as_expected, check},
     cni::MainPlugin,
     node::{AGENT_SOCKET, KEYD_SOCKET, Node},
     options::{DATAPATH_VARIABLE, LabOptions},
     pod::{Flow, PORT, Pod, PodSpec, ask_from, ping_from},
     process::{Place, Process},
     running::{RunningLab, running},
+    service::ServiceSpec,
 };
 use self::{
-    manifests::Manifests,
+    manifests::{Manifests, NodeManifest},
     process::{ALL, NET},
 };
 use crate::{
@@ -158,7 +163,7 @@ impl Lab {
     }
 
     fn build(&self) -> Result<()> {
-        for namespace in ["default", "demo"] {
+        for namespace in ["default", "demo", "kube-system"] {
             self.shared.manifests.namespace(namespace)?;
         }
         let count = self.shared.options.nodes;
@@ -207,15 +212,36 @@ impl Lab {
     fn boot_new(&self, n: u8) -> Result<Arc<Node>> {
         let node = Arc::new(Node::new(n, Arc::clone(&self.shared))?);
         node.boot()?;
-        let cidrs = match self.shared.options.prefix_source {
-            PrefixSource::PodCidr => net::pod_cidrs(n).to_vec(),
-            PrefixSource::PodIp => Vec::new(),
-        };
-        self.shared
-            .manifests
-            .node(&node.name, &node.uid(), net::node_address(n), &cidrs)?;
+        self.describe_node(&node, &[], &[])?;
         self.lock().insert(n, Arc::clone(&node));
         Ok(node)
+    }
+
+    /// Writes the node's Node object with labels and annotations.
+    pub fn describe_node(
+        &self,
+        node: &Node,
+        labels: &[(&str, &str)],
+        annotations: &[(&str, &str)],
+    ) -> Result<()> {
+        let cidrs = match self.shared.options.prefix_source {
+            PrefixSource::PodCidr => net::pod_cidrs(node.number).to_vec(),
+            PrefixSource::PodIp => Vec::new(),
+        };
+        let owned = |pairs: &[(&str, &str)]| {
+            let pairs = pairs
+                .iter()
+                .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()));
+            pairs.collect::<BTreeMap<_, _>>()
+        };
+        self.shared.manifests.node(&NodeManifest {
+            name: &node.name,
+            uid: &node.uid(),
+            addresses: net::node_address(node.number),
+            cidrs: &cidrs,
+            labels: owned(labels),
+            annotations: owned(annotations),
+        })
     }
 
     /// The routes of the underlay: every other node's pods by that node's address. With encryption off, traffic

@@ -59,6 +59,19 @@ pub fn pod_cidrs(n: u8) -> [IpNet; 2] {
     [v4(10, 244, n, 24), v6([0xfd00, 0x10, 0x244, decimal(n)], 64)]
 }
 
+/// All addresses of Services.
+pub fn service_pools() -> [IpNet; 2] {
+    [v4(10, 96, 0, 16), v6([0xfd00, 0x96, 0, 0], 112)]
+}
+
+/// The ClusterIPs of service `n`.
+pub fn service_address(n: u8) -> DualStack {
+    DualStack {
+        v4: Ipv4Addr::new(10, 96, 0, n),
+        v6: Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, decimal(n)),
+    }
+}
+
 /// Where all nodes take their pods' addresses from with `prefixSource: podIP`.
 pub fn shared_ranges() -> [IpNet; 2] {
     [v4(10, 244, 0, 16), v6([0xfd00, 0x10, 0x244, 0], 64)]
@@ -110,6 +123,13 @@ mod tests {
             );
             assert_eq!(pod_cidrs(n)[1].to_string(), format!("fd00:10:244:{n}::/64"));
         }
+        assert!(
+            service_address(7)
+                .both()
+                .iter()
+                .zip(service_pools())
+                .all(|(address, pool)| pool.contains(address))
+        );
         assert!(
             shared_address(7)
                 .both()

@@ -287,6 +287,8 @@ impl Node {
             &keyd,
             "--join-token-file",
             "/etc/warren/join-token",
+            "--cgroup",
+            "/sys/fs/cgroup",
         ]);
         command.extend(more);
         let process = self

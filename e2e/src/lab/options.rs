@@ -61,7 +61,7 @@ impl LabOptions {
             encryption: options.encryption,
             pod_pools: net::pod_pools().to_vec(),
             node_pools: net::node_pools().to_vec(),
-            service_cidrs: Vec::new(),
+            service_cidrs: net::service_pools().to_vec(),
             prefix_source: options.prefix_source,
             datapath: options.datapath,
             wireguard_port: 51871,

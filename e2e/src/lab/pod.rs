@@ -18,6 +18,7 @@ use super::{
     net::DualStack,
     node::Node,
     process::{ALL, Place, Process},
+    seen::{self, Arrivals},
     wait::patient,
 };
 use crate::app::{
@@ -38,12 +39,20 @@ pub struct PodSpec {
     pub namespace: String,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
+    /// Its annotations.
+    pub annotations: BTreeMap<String, String>,
+    /// Its service account.
+    pub service_account: String,
+    /// Names of its TCP ports.
+    pub named_ports: Vec<(String, u16)>,
     /// On which node.
     pub node: u8,
     /// Its addresses; `None` for whatever IPAM gives.
     pub addresses: Option<DualStack>,
     /// Ports to serve.
     pub ports: Vec<u16>,
+    /// Count what reaches it, from before it has an interface: [`Pod::arrivals`].
+    pub watched: bool,
 }
 
 impl PodSpec {
@@ -53,9 +62,13 @@ impl PodSpec {
             name: name.into(),
             namespace: "default".into(),
             labels: BTreeMap::from([("app".into(), name.into())]),
+            annotations: BTreeMap::new(),
+            service_account: "default".into(),
+            named_ports: Vec::new(),
             node,
             addresses: None,
             ports: vec![PORT],
+            watched: false,
         }
     }
 }
@@ -77,9 +90,7 @@ impl Pod {
     pub(super) fn create(node: Arc<Node>, shared: Arc<Shared>, spec: PodSpec) -> Result<Self> {
         let serial = shared.next_serial();
         let uid = format!("uid-{}-{serial}", spec.name);
-        shared
-            .manifests
-            .pod(&spec.namespace, &spec.name, &uid, &node.name, &spec.labels)?;
+        shared.manifests.pod(&spec, &uid, &node.name)?;
         let attachment = Attachment {
             container_id: format!("{}{serial:08x}", shared.id.to_lowercase()),
             netns: format!("/run/netns/{}-{serial}", spec.name),
@@ -90,6 +101,9 @@ impl Pod {
         };
         let place = node.try_place()?;
         place.run([&node.app(), "sandbox", "--netns", &attachment.netns])?;
+        if spec.watched {
+            seen::start(&place, &attachment.netns)?;
+        }
         let started = Self::attach_and_start(&node, &shared, &spec, &attachment, &place);
         if started.is_err() {
             // What a runtime does after a failed ADD; its own errors would hide the first one.
@@ -175,6 +189,38 @@ impl Pod {
             .host_interface
             .as_deref()
             .context("CNI named no interface of the host")
+    }
+
+    /// What has reached a watched pod.
+    pub fn arrivals(&self) -> Result<Arrivals> {
+        seen::read(&self.node.try_place()?, &self.attachment.netns)
+    }
+
+    /// Gives the Pod object other labels.
+    pub fn relabel(&mut self, labels: &[(&str, &str)]) -> Result<()> {
+        let labels = labels.iter().map(|(key, value)| ((*key).into(), (*value).into()));
+        self.spec.labels = labels.collect();
+        self.rewrite()
+    }
+
+    /// Gives the Pod object other annotations.
+    pub fn annotate(&mut self, annotations: &[(&str, &str)]) -> Result<()> {
+        let annotations = annotations
+            .iter()
+            .map(|(key, value)| ((*key).into(), (*value).into()));
+        self.spec.annotations = annotations.collect();
+        self.rewrite()
+    }
+
+    fn rewrite(&self) -> Result<()> {
+        self.shared
+            .manifests
+            .pod(&self.spec, &self.attachment.uid, &self.node.name)
+    }
+
+    /// Where a tool of this pod writes its log.
+    pub(super) fn log(&self, tool: &str) -> std::path::PathBuf {
+        self.shared.log(&format!("{tool}-{}", self.spec.name))
     }
 
     /// What CNI knows of it.

@@ -1,0 +1,127 @@
+//! A client that waits for nobody: datagrams and connections to addresses whether anybody lives there or not, so
+//! that a pod meets them from its first moment on.
+
+use std::{
+    io::Read as _,
+    net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+/// How long a connection is given before the next one is tried.
+const CONNECTION: Duration = Duration::from_millis(3);
+
+/// What `warren-lab-app hammer` takes.
+#[derive(Debug, clap::Args)]
+pub struct HammerArgs {
+    /// Whom; several addresses are hammered at once.
+    #[arg(long, value_delimiter = ',', required = true)]
+    pub to: Vec<SocketAddr>,
+    /// Datagrams per second and address.
+    #[arg(long, default_value_t = 500)]
+    pub rate: u32,
+}
+
+/// What came back from one address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hammered {
+    /// The address.
+    pub to: SocketAddr,
+    /// Datagrams sent.
+    pub datagrams: u64,
+    /// Datagrams answered.
+    pub datagrams_answered: u64,
+    /// Connections tried.
+    pub connections: u64,
+    /// Connections that were accepted.
+    pub connections_accepted: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    datagrams: AtomicU64,
+    datagrams_answered: AtomicU64,
+    connections: AtomicU64,
+    connections_accepted: AtomicU64,
+}
+
+/// Hammers until stdin closes. Prints `ready` once every address has been sent to.
+pub fn hammer(args: &HammerArgs) -> Result<Vec<Hammered>> {
+    let over = AtomicBool::new(false);
+    let counts: Vec<_> = args.to.iter().map(|to| (*to, Counts::default())).collect();
+    thread::scope(|scope| {
+        let over = &over;
+        let threads: Vec<_> = counts
+            .iter()
+            .flat_map(|(to, counts)| {
+                [
+                    scope.spawn(move || datagrams(*to, args.rate, counts, over)),
+                    scope.spawn(move || connections(*to, counts, over)),
+                ]
+            })
+            .collect();
+        while counts.iter().any(|(_, counts)| {
+            counts.datagrams.load(Ordering::Relaxed) == 0 || counts.connections.load(Ordering::Relaxed) == 0
+        }) && threads.iter().all(|thread| !thread.is_finished())
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("{}", crate::inside::READY);
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        over.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("the hammer panicked"))??;
+        }
+        Ok(counts
+            .iter()
+            .map(|(to, counts)| Hammered {
+                to: *to,
+                datagrams: counts.datagrams.load(Ordering::Relaxed),
+                datagrams_answered: counts.datagrams_answered.load(Ordering::Relaxed),
+                connections: counts.connections.load(Ordering::Relaxed),
+                connections_accepted: counts.connections_accepted.load(Ordering::Relaxed),
+            })
+            .collect())
+    })
+}
+
+fn datagrams(to: SocketAddr, rate: u32, counts: &Counts, over: &AtomicBool) -> Result<()> {
+    let any: IpAddr = if to.is_ipv4() {
+        [0, 0, 0, 0].into()
+    } else {
+        [0u16; 8].into()
+    };
+    // Not connected: a bounced packet must not turn the next send into an error.
+    let socket = UdpSocket::bind((any, 0)).context("cannot bind")?;
+    socket.set_nonblocking(true)?;
+    let mut buffer = [0; 2048];
+    while !over.load(Ordering::Relaxed) {
+        // A refusal by the own kernel (nobody lives there yet) is no reason to stop.
+        let _ = socket.send_to(b"now?", to);
+        counts.datagrams.fetch_add(1, Ordering::Relaxed);
+        while socket.recv_from(&mut buffer).is_ok() {
+            counts.datagrams_answered.fetch_add(1, Ordering::Relaxed);
+        }
+        thread::sleep(Duration::from_secs(1) / rate.max(1));
+    }
+    Ok(())
+}
+
+fn connections(to: SocketAddr, counts: &Counts, over: &AtomicBool) -> Result<()> {
+    while !over.load(Ordering::Relaxed) {
+        counts.connections.fetch_add(1, Ordering::Relaxed);
+        match TcpStream::connect_timeout(&to, CONNECTION) {
+            Ok(_) => {
+                counts.connections_accepted.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(_) => thread::sleep(Duration::from_millis(1)),
+        }
+    }
+    Ok(())
+}
