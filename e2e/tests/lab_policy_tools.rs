@@ -32,7 +32,7 @@ fn filter(pod: &Pod, verdict: &str) -> Result<()> {
 }
 
 #[test]
-fn checks_tell_answers_refusals_and_silence_apart() -> Result<()> {
+fn checks_tell_answers_and_silence_apart() -> Result<()> {
     Lab::run(plain(2), |lab| {
         let client = lab.add_pod(PodSpec::new("client", 1))?;
         let server = lab.add_pod(PodSpec {
@@ -67,14 +67,6 @@ fn checks_tell_answers_refusals_and_silence_apart() -> Result<()> {
                 ensure!(found, "{protocol} {v6}: {arrivals:?}");
             }
         }
-        filter(&server, "reject")?;
-        let refused = check(&alone)?;
-        ensure!(
-            refused
-                .iter()
-                .all(|c| matches!(c.outcome, Outcome::Refused(_)) && !c.good()),
-            "{refused:?}"
-        );
         filter(&server, "accept")?;
         let answered = check(&alone)?;
         ensure!(
