@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use warren_abi::{
-    EndpointValue, MAX_ENDPOINT_ADDRESSES, MAX_ENDPOINT_INDEX, MarkCodec, OwnerTag, OwnerValue, PathValue,
+    EndpointValue, MAX_ENDPOINT_ADDRESSES, MAX_ENDPOINT_INDEX, MarkCodec, MarkValue, OwnerTag, OwnerValue,
+    PathValue,
 };
 
 use crate::{Endpoint, Error, Owner, OwnerKind, Path};
@@ -51,6 +52,27 @@ pub(crate) fn endpoint_value(endpoint: &Endpoint, marks: MarkCodec) -> Result<En
         })?;
     }
     Ok(value)
+}
+
+/// What the mark of an endpoint says.
+pub(crate) fn mark_value(endpoint: &EndpointValue) -> MarkValue {
+    MarkValue {
+        identity: endpoint.identity,
+        index: endpoint.index,
+        padding: [0; 2],
+        v4: endpoint.v4[0],
+        v6: endpoint.v6[0],
+    }
+}
+
+/// An endpoint's index as the policy maps take it; 0 is the host.
+pub(crate) fn policy_index(index: u16) -> Result<u16, Error> {
+    if index > MAX_ENDPOINT_INDEX {
+        return Err(Error::Invalid(format!(
+            "endpoint index {index} is larger than {MAX_ENDPOINT_INDEX}"
+        )));
+    }
+    Ok(index)
 }
 
 /// An endpoint as the agent knows it.

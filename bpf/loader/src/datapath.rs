@@ -1,7 +1,7 @@
 //! The datapath of a node: programs, links and maps.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     fmt, fs, io,
     net::IpAddr,
     path::{Path as FilePath, PathBuf},
@@ -9,7 +9,8 @@ use std::{
 
 use ipnet::IpNet;
 use warren_abi::{
-    DeviceValue, DropReason, Hook, MarkCodec, NodeValue, RoleTag, SettingsValue, TUNNEL_MARK, VERSION, limits,
+    DeviceValue, DropReason, Hook, MarkCodec, NodeValue, POOL_PODS, POOL_SERVICES, RoleTag, SettingsValue,
+    TUNNEL_MARK, VERSION, limits,
 };
 
 use crate::{
@@ -29,16 +30,18 @@ use crate::{
 ///
 /// # Pins
 ///
-/// `v<ABI>/<map>` and `links/<ifindex>-<ingress|egress>`, `links/stack_drop`. Maps of another ABI version are
+/// `v<ABI>/<map>` and `links/<ifindex>-<ingress|egress>`, `links/stack_drop`, `links/to_host`. Maps of another ABI version are
 /// never adopted: the new ones start empty beside them, the links keep the old programs (and these the old
 /// maps) until [`attach`](Self::attach) is called for their devices. So fill the maps first. The old maps are
 /// removed with the last link that used them.
 pub struct Datapath {
     pin_dir: PathBuf,
     marks: MarkCodec,
+    pub(crate) maps_dir: PathBuf,
+    pub(crate) links_dir: PathBuf,
     pub(crate) programs: Programs,
-    maps: Maps,
-    attacher: Attacher,
+    pub(crate) maps: Maps,
+    pub(crate) attacher: Attacher,
     reasons: Reasons,
     /// Device of each endpoint index in use.
     indexes: HashMap<u16, u32>,
@@ -71,6 +74,8 @@ impl Datapath {
         let mut datapath = Self {
             pin_dir: config.pin_dir.clone(),
             marks,
+            maps_dir,
+            links_dir,
             programs,
             maps,
             attacher,
@@ -78,26 +83,27 @@ impl Datapath {
             indexes: HashMap::new(),
             old_versions: true,
         };
-        datapath.set_pools(&config.pod_pools)?;
+        datapath.set_pools(config)?;
         datapath.set_settings(config.encryption)?;
+        datapath.set_flow_state(config)?;
         datapath.retire_old_versions()?;
         Ok(datapath)
     }
 
-    /// Makes the pools of the barrier those of the configuration. Additions come first.
-    fn set_pools(&mut self, pools: &[IpNet]) -> Result<(), Error> {
-        let wanted: BTreeSet<IpNet> = pools.iter().map(IpNet::trunc).collect();
-        let present: BTreeSet<IpNet> = self
-            .maps
-            .pools
-            .entries()?
-            .into_iter()
-            .map(|(prefix, _)| prefix)
-            .collect();
-        for prefix in wanted.difference(&present) {
-            self.maps.pools.set(*prefix, 1)?;
+    /// Makes the pools of pods and services those of the configuration. Additions come first.
+    fn set_pools(&mut self, config: &Config) -> Result<(), Error> {
+        let of =
+            |pools: &[IpNet], kind| -> Vec<_> { pools.iter().map(|pool| (pool.trunc(), kind)).collect() };
+        let mut wanted: BTreeMap<IpNet, u32> = BTreeMap::new();
+        wanted.extend(of(&config.service_cidrs, POOL_SERVICES));
+        wanted.extend(of(&config.pod_pools, POOL_PODS));
+        let present: BTreeMap<IpNet, u32> = self.maps.pools.entries()?.into_iter().collect();
+        for (prefix, kind) in &wanted {
+            if present.get(prefix) != Some(kind) {
+                self.maps.pools.set(*prefix, *kind)?;
+            }
         }
-        for prefix in present.difference(&wanted) {
+        for prefix in present.keys().filter(|prefix| !wanted.contains_key(*prefix)) {
             self.maps.pools.remove(*prefix)?;
         }
         Ok(())
@@ -198,7 +204,9 @@ impl Datapath {
             Some(_) | None => {}
         }
         let before = self.maps.endpoints.get(endpoint.ifindex)?;
-        self.maps.identities.set(value.mark, value.identity)?;
+        self.maps
+            .identities
+            .set(value.mark, convert::mark_value(&value))?;
         self.maps.endpoints.set(endpoint.ifindex, value)?;
         self.indexes.insert(endpoint.index, endpoint.ifindex);
         match before {
@@ -368,7 +376,7 @@ impl Datapath {
     }
 
     /// Unpins the maps of other ABI versions once no link runs a program that uses them.
-    fn retire_old_versions(&mut self) -> Result<(), Error> {
+    pub(crate) fn retire_old_versions(&mut self) -> Result<(), Error> {
         if !self.old_versions {
             return Ok(());
         }
@@ -381,6 +389,9 @@ impl Datapath {
             if !attachment.healthy {
                 return Ok(());
             }
+        }
+        if self.host_program()?.is_some_and(|(_, current)| !current) {
+            return Ok(());
         }
         for directory in old {
             remove_pins(&directory)?;

@@ -7,7 +7,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{RawTracePoint, SchedClassifier},
+    programs::{CgroupSkb, Program, RawTracePoint, SchedClassifier},
 };
 use warren_abi::names;
 
@@ -31,6 +31,9 @@ const CLASSIFIERS: [&str; 6] = [
 /// The program that counts the kernel's drops.
 pub(crate) const TRACER: &str = "stack_drop";
 
+/// The program at the cgroup of the host.
+pub(crate) const TO_HOST: &str = "to_host";
+
 /// The programs, in the kernel and bound to the maps.
 #[derive(Debug)]
 pub(crate) struct Programs {
@@ -49,10 +52,14 @@ impl Programs {
         }
         let mut ebpf = loader.load(OBJECT).map_err(load_error)?;
         for name in CLASSIFIERS {
-            let program: &mut SchedClassifier = Self::program(&mut ebpf, name)?;
+            let program: &mut SchedClassifier = Self::find(&mut ebpf, name)?;
             program.load().map_err(load_error)?;
         }
-        let tracer: &mut RawTracePoint = Self::program(&mut ebpf, TRACER)?;
+        if ebpf.program(TO_HOST).is_some() {
+            let host: &mut CgroupSkb = Self::find(&mut ebpf, TO_HOST)?;
+            host.load().map_err(load_error)?;
+        }
+        let tracer: &mut RawTracePoint = Self::find(&mut ebpf, TRACER)?;
         tracer.load().map_err(load_error)?;
         Ok(Self {
             ebpf,
@@ -65,9 +72,9 @@ impl Programs {
         Self::load(&self.maps)
     }
 
-    fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
+    fn find<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut P, Error>
     where
-        &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
+        &'a mut P: TryFrom<&'a mut Program, Error = aya::programs::ProgramError>,
     {
         let program = ebpf.program_mut(name).ok_or_else(|| missing(name))?;
         program.try_into().map_err(load_error)
@@ -81,8 +88,12 @@ impl Programs {
     /// Descriptor of a program.
     pub(crate) fn fd(&self, name: &str) -> Result<BorrowedFd<'_>, Error> {
         use std::os::fd::AsFd as _;
-        let program = self.ebpf.program(name).ok_or_else(|| missing(name))?;
-        Ok(program.fd().map_err(load_error)?.as_fd())
+        Ok(self.program(name)?.fd().map_err(load_error)?.as_fd())
+    }
+
+    /// A program.
+    pub(crate) fn program(&self, name: &str) -> Result<&Program, Error> {
+        self.ebpf.program(name).ok_or_else(|| missing(name))
     }
 
     /// What a program is, to compare it with one that is attached.

@@ -10,6 +10,7 @@ use std::{
         unix::ffi::OsStrExt as _,
     },
     path::Path,
+    time::Duration,
 };
 
 const OBJ_PIN: u32 = 6;
@@ -18,12 +19,18 @@ const PROG_GET_FD_BY_ID: u32 = 13;
 const OBJ_GET_INFO_BY_FD: u32 = 15;
 const PROG_QUERY: u32 = 16;
 const RAW_TRACEPOINT_OPEN: u32 = 17;
+const MAP_LOOKUP_BATCH: u32 = 24;
+const MAP_DELETE_BATCH: u32 = 27;
 const LINK_CREATE: u32 = 28;
 const LINK_UPDATE: u32 = 29;
 
 const BPF_F_BEFORE: u32 = 1 << 3;
+const LINK_TYPE_CGROUP: u32 = 3;
 const LINK_TYPE_TCX: u32 = 11;
+const CGROUP_INET_INGRESS: u32 = 0;
+const MEMBARRIER_CMD_GLOBAL: i32 = 1;
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// More programs at one hook than the kernel allows.
 const MAX_PROGRAMS: usize = 64;
 /// More maps than any program of ours uses.
@@ -110,6 +117,12 @@ fn read_u32(bytes: &[u8], offset: usize) -> u32 {
     ])
 }
 
+fn read_u64(bytes: &[u8], offset: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[offset..offset + 8]);
+    u64::from_ne_bytes(word)
+}
+
 fn c_path(path: &Path) -> io::Result<CString> {
     CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
 }
@@ -161,6 +174,76 @@ pub(crate) fn raw_tracepoint_attach(program: impl AsFd, name: &CStr) -> io::Resu
         .open(RAW_TRACEPOINT_OPEN)
 }
 
+/// Attaches a program to what sockets of a cgroup and of those below receive; beside other programs that are there.
+pub(crate) fn cgroup_attach(program: impl AsFd, cgroup: impl AsFd) -> io::Result<OwnedFd> {
+    Attributes::new()
+        .fd(0, &program)
+        .fd(4, &cgroup)
+        .u32(8, CGROUP_INET_INGRESS)
+        .open(LINK_CREATE)
+}
+
+/// Reads many entries of a map, `None` = from its start. Returns how many there are, and whether these were the last.
+pub(crate) fn map_lookup_batch(
+    map: impl AsFd,
+    after: Option<&[u8]>,
+    place: &mut [u8],
+    keys: &mut [u8],
+    key_size: usize,
+    values: &mut [u8],
+    value_size: usize,
+) -> io::Result<(usize, bool)> {
+    assert!(place.len() >= key_size.max(4) && after.is_none_or(|after| after.len() == place.len()));
+    let room = (keys.len() / key_size).min(values.len() / value_size);
+    let mut attributes = Attributes::new();
+    if let Some(after) = after {
+        attributes = attributes.pointer(0, after.as_ptr());
+    }
+    attributes = attributes
+        .pointer(8, place.as_mut_ptr())
+        .pointer(16, keys.as_mut_ptr())
+        .pointer(24, values.as_mut_ptr())
+        .u32(32, room as u32)
+        .fd(36, &map);
+    match attributes.call(MAP_LOOKUP_BATCH) {
+        Ok(_) => Ok((attributes.read_u32(32) as usize, false)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((attributes.read_u32(32) as usize, true)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Deletes keys of a map in order, up to the first that is absent. Returns how many it deleted.
+pub(crate) fn map_delete_batch(map: impl AsFd, keys: &mut [u8], key_size: usize) -> io::Result<usize> {
+    let mut attributes = Attributes::new()
+        .pointer(16, keys.as_ptr())
+        .u32(32, (keys.len() / key_size) as u32)
+        .fd(36, &map);
+    match attributes.call(MAP_DELETE_BATCH) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(_) | Err(_) => Ok(attributes.read_u32(32) as usize),
+    }
+}
+
+/// Waits for an RCU grace period.
+pub(crate) fn membarrier_global() -> io::Result<()> {
+    // SAFETY: plain arguments.
+    match unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Time of the clock that flows and events are stamped with (`CLOCK_MONOTONIC`), since its start.
+pub fn monotonic_time() -> Duration {
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the call fills the struct; it cannot fail for a clock that every kernel has.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// The link ids at a TCX hook in the order in which they run; programs without link are 0.
 pub(crate) fn tcx_links(ifindex: u32, direction: Direction) -> io::Result<Vec<u32>> {
     let mut programs = [0_u32; MAX_PROGRAMS];
@@ -193,6 +276,8 @@ pub(crate) struct LinkInfo {
     pub(crate) program: u32,
     /// TCX: the device, `None` once it was deleted (the link is severed).
     pub(crate) ifindex: Option<u32>,
+    /// Cgroup: its number, `None` once it was removed.
+    pub(crate) cgroup: Option<u64>,
 }
 
 /// Reads the state of a link.
@@ -203,10 +288,15 @@ pub(crate) fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
         (LINK_TYPE_TCX, ifindex) if ifindex != 0 => Some(ifindex),
         _ => None,
     };
+    let cgroup = match read_u32(&info, 0) {
+        LINK_TYPE_CGROUP => Some(read_u64(&info, 16)).filter(|number| *number != 0),
+        _ => None,
+    };
     Ok(LinkInfo {
         id: read_u32(&info, 4),
         program: read_u32(&info, 8),
         ifindex,
+        cgroup,
     })
 }
 
@@ -260,6 +350,16 @@ fn object_info(object: impl AsFd, info: &mut [u8]) -> io::Result<()> {
 
 /// The path lies on a bpffs.
 pub(crate) fn is_bpffs(path: &Path) -> io::Result<bool> {
+    Ok(file_system(path)? == BPF_FS_MAGIC)
+}
+
+/// The path lies on a cgroup2 file system.
+pub(crate) fn is_cgroup2(path: &Path) -> io::Result<bool> {
+    Ok(file_system(path)? == CGROUP2_MAGIC)
+}
+
+/// Number of the kind of file system that a path lies on.
+fn file_system(path: &Path) -> io::Result<u64> {
     let path = c_path(path)?;
     // SAFETY: all zero is a valid value of this struct of integers.
     let mut status = unsafe { std::mem::zeroed::<libc::statfs>() };
@@ -268,7 +368,7 @@ pub(crate) fn is_bpffs(path: &Path) -> io::Result<bool> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
-        Ok(status.f_type as u64 == BPF_FS_MAGIC)
+        Ok(status.f_type as u64)
     }
 }
 

@@ -30,6 +30,12 @@ pub struct Config {
     /// `true`: a packet from a remote pod must have come through the tunnel. `false` only where the cluster is
     /// configured to run without encryption.
     pub encryption: bool,
+    /// Addresses of services, both families: what goes there is translated, and judged after that.
+    pub service_cidrs: Vec<IpNet>,
+    /// First and last NodePort of the cluster: what goes there may be translated.
+    pub node_ports: (u16, u16),
+    /// First and last port of WireGuard on this node: host policy never stands in their way.
+    pub wireguard_ports: (u16, u16),
 }
 
 /// What a device is, hence which programs it gets. A device has one role.

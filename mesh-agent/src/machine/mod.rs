@@ -79,6 +79,9 @@ impl Machine {
             pod_pools: config.pod_pools.clone(),
             attach: warren_bpf::AttachMode::Auto,
             encryption: config.encryption,
+            service_cidrs: config.service_cidrs.clone(),
+            node_ports: config.node_ports,
+            wireguard_ports: (config.slot_port(0), config.slot_port(2)),
         })
         .context("cannot open the eBPF datapath")?;
         let wireguard = match datapath {

@@ -12,6 +12,8 @@ use super::{
     isolation::{Peer, command, ifindex, ip as ip_command, isolated},
     pod, set_owners,
 };
+use warren_abi::VERSION;
+
 use crate::{AttachMode, Attachment, Config, Datapath, Error, Path, Role};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -424,7 +426,7 @@ fn maps_of_another_version() {
         old.attach(device, Role::Barrier).unwrap();
         drop(old);
         let directory = pins.join("warren");
-        std::fs::rename(directory.join("v1"), directory.join("v0")).unwrap();
+        std::fs::rename(directory.join(format!("v{VERSION}")), directory.join("v0")).unwrap();
         let mut new = Datapath::open(&config(pins)).unwrap();
         assert_eq!(
             new.attached().unwrap(),

@@ -2,45 +2,23 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use aya::programs::{SchedClassifier, TestRun as _, TestRunOptions};
-
-use crate::Datapath;
+use crate::{Datapath, testing::TestPacket};
 
 pub(crate) const PASS: i32 = -1;
 pub(crate) const DROP: i32 = 2;
 pub(crate) const REDIRECT: i32 = 7;
 
-/// Offsets in `struct __sk_buff`, and its size.
-const MARK: usize = 8;
-const IFINDEX: usize = 40;
-const SIZE: usize = 192;
-
-/// Runs a program on a frame that is on a device; returns its answer and the mark afterwards.
-pub(crate) fn run(
-    datapath: &mut Datapath,
-    program: &str,
-    frame: &[u8],
-    ifindex: u32,
-    mark: u32,
-) -> (i32, u32) {
-    let mut before = [0_u8; SIZE];
-    before[MARK..MARK + 4].copy_from_slice(&mark.to_ne_bytes());
-    before[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
-    let mut after = [0_u8; SIZE];
-    let mut options = TestRunOptions::new();
-    options.data_in = Some(frame);
-    options.ctx_in = Some(&before);
-    options.ctx_out = Some(&mut after);
-    let program: &SchedClassifier = datapath
-        .programs
-        .ebpf()
-        .program(program)
-        .expect("exists")
-        .try_into()
-        .expect("is a classifier");
-    let result = program.test_run(options).expect("runs");
-    let mark = u32::from_ne_bytes(after[MARK..MARK + 4].try_into().expect("four bytes"));
-    (result.return_value.cast_signed(), mark)
+/// Runs a program on a frame that is on a device and came from this host; returns its answer and the mark afterwards.
+pub(crate) fn run(datapath: &Datapath, program: &str, frame: &[u8], ifindex: u32, mark: u32) -> (i32, u32) {
+    let packet = TestPacket {
+        frame,
+        ifindex,
+        ingress_ifindex: 0,
+        mark,
+        repeat: 1,
+    };
+    let answer = datapath.test_run(program, &packet).expect("runs");
+    (answer.action, answer.mark)
 }
 
 pub(crate) fn ethernet(source: [u8; 6], ethertype: u16, payload: &[u8]) -> Vec<u8> {

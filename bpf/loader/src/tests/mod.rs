@@ -1,7 +1,9 @@
 //! Tests with the real kernel. They need root, and fail without.
 
 mod budget;
+mod contents;
 mod driver;
+mod flows;
 mod frames;
 mod isolation;
 mod stack;
@@ -25,6 +27,9 @@ pub(crate) fn config(pins: &FilePath) -> Config {
         pod_pools: vec![net("10.244.0.0/16"), net("fd00:10:244::/48")],
         attach: AttachMode::Auto,
         encryption: true,
+        service_cidrs: vec![net("10.96.0.0/16"), net("fd00:10:96::/112")],
+        node_ports: (30_000, 32_767),
+        wireguard_ports: (51_871, 51_873),
     }
 }
 
