@@ -44,6 +44,19 @@ pub(crate) fn cluster(passed: &Passed) -> Result<()> {
     start("warren-cluster", passed)
 }
 
+/// A verb of `warren-cluster` that starts a cluster of its own, with Warren in it.
+pub(crate) fn in_cluster(verb: &str, passed: &Passed) -> Result<()> {
+    ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
+    image::build(&[], false)?;
+    let arguments = std::iter::once(verb.to_owned()).chain(passed.arguments.iter().cloned());
+    start(
+        "warren-cluster",
+        &Passed {
+            arguments: arguments.collect(),
+        },
+    )
+}
+
 fn start(program: &str, passed: &Passed) -> Result<()> {
     run(command(paths::target().join("debug").join(program)).args(&passed.arguments))
 }

@@ -6,6 +6,7 @@
 
 mod bench;
 mod command;
+mod conformance;
 mod deps;
 mod generate;
 mod image;
@@ -51,6 +52,8 @@ enum Command {
     /// How fast it is, beside others.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// All of cyclonus' generated network policies in a real Kubernetes cluster; every case must pass. `--json FILE`.
+    Conformance(lab::Passed),
     /// What needs WireGuard in the kernel, or another kernel, in a virtual machine.
     Vm(vm::Arguments),
 }
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
         Command::Deps => deps::run(),
         Command::Soak(passed) => soak::run(&passed),
         Command::Bench(bench) => bench::run(&bench),
+        Command::Conformance(passed) => conformance::run(&passed),
         Command::Vm(arguments) => vm::run(&arguments),
     };
     match result {

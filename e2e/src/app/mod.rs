@@ -9,5 +9,6 @@ pub mod ping;
 pub mod probe;
 pub mod serve;
 pub mod session;
+pub mod stamps;
 pub mod transfer;
 pub mod wire;

@@ -11,6 +11,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use warren_e2e::cluster::{
     self, Cluster, Left, Options,
+    bench::{self, BenchArgs},
+    conformance::{self, ConformanceArgs},
     hello::{HelloArgs, hello},
     inside::{self, JoinArgs},
 };
@@ -44,6 +46,10 @@ enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Measure how long a change of a policy takes.
+    BenchPolicy(BenchArgs),
+    /// Run cyclonus' generated network policies.
+    Conformance(ConformanceArgs),
     /// One Hello to keyd.
     #[command(hide = true)]
     Hello(HelloArgs),
@@ -74,6 +80,9 @@ struct Up {
     /// Only Kubernetes.
     #[arg(long)]
     no_warren: bool,
+    /// IPv6 is the first family.
+    #[arg(long)]
+    ipv6_first: bool,
     /// Values for the chart, as Helm's --set takes them.
     #[arg(long)]
     set: Vec<String>,
@@ -96,6 +105,8 @@ fn run(arguments: Arguments) -> Result<i32> {
         Verb::Down { all } => down(id, all).map(|()| 0),
         Verb::Status => status().map(|()| 0),
         Verb::Kubectl { arguments } => kubectl(id, &arguments),
+        Verb::BenchPolicy(arguments) => bench::run(&arguments).map(|()| 0),
+        Verb::Conformance(arguments) => conformance::run(&arguments).map(|()| 0),
         Verb::Hello(arguments) => hello(&arguments).map(|()| 0),
         Verb::NodeOuter { spec } => inside::node_outer(&spec),
         Verb::Node { spec } => inside::node(&spec).map(|()| 0),
@@ -109,6 +120,7 @@ fn up(up: &Up) -> Result<()> {
         nodes: up.nodes,
         warren: !up.no_warren,
         verbose: true,
+        ipv6_first: up.ipv6_first,
     })?;
     let installed = if up.no_warren {
         cluster.wait_pods(std::time::Duration::from_secs(120))

@@ -14,6 +14,7 @@ use warren_e2e::{
         probe::{ProbeArgs, probe},
         serve,
         session::{SessionArgs, session},
+        stamps::{StampsArgs, stamps},
         transfer::{TransferArgs, transfer},
     },
     inside::{self, EnterArgs, ExecArgs, PodArgs, ReaperArgs, SandboxArgs},
@@ -46,6 +47,8 @@ enum Verb {
     Session(SessionArgs),
     /// Datagrams and connections to addresses, whether anybody lives there or not.
     Hammer(HammerArgs),
+    /// Says when each datagram arrived.
+    Stamps(StampsArgs),
     /// Runs a command in another process's namespaces.
     Enter(EnterArgs),
     /// The child of `enter`.
@@ -120,6 +123,7 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Probe(args) => print(&probe(&args)?),
         Verb::Session(args) => session(&args).map(|()| 0),
         Verb::Hammer(args) => print(&hammer(&args)?),
+        Verb::Stamps(args) => stamps(&args).map(|()| 0),
         Verb::Enter(args) => inside::enter(&args),
         Verb::Exec(args) => inside::exec_child(&args).map(|()| 0),
         Verb::Reaper(args) => inside::reaper(&args).map(|()| 0),

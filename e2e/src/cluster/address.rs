@@ -4,6 +4,19 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::lab::net::DualStack;
 
+/// Which family comes first.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Families {
+    pub(super) ipv6_first: bool,
+}
+
+impl Families {
+    /// Puts a pair of IPv4 and IPv6 in order.
+    pub(super) fn order<T>(self, [v4, v6]: [T; 2]) -> [T; 2] {
+        if self.ipv6_first { [v6, v4] } else { [v4, v6] }
+    }
+}
+
 /// Service addresses, as the API server wants them.
 pub(super) const SERVICE_CIDRS: [&str; 2] = ["10.96.0.0/16", "fd00:10:96::/112"];
 /// The first of them belongs to the API server.
@@ -12,7 +25,10 @@ pub(super) const API_SERVICE: [IpAddr; 2] = [
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 1)),
 ];
 /// The cluster's DNS.
-pub(super) const CLUSTER_DNS: [&str; 2] = ["10.96.0.10", "fd00:10:96::a"];
+pub(super) const CLUSTER_DNS: [IpAddr; 2] = [
+    IpAddr::V4(Ipv4Addr::new(10, 96, 0, 10)),
+    IpAddr::V6(Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, 0xa)),
+];
 /// The API server's port.
 pub(super) const API_PORT: u16 = 6443;
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
-use super::address;
+use super::address::{self, Families};
 
 /// containerd's own format.
 pub(super) fn containerd() -> String {
@@ -54,7 +54,7 @@ pub(super) fn cni(bridge: bool, cidrs: &[IpNet]) -> Value {
 }
 
 /// kubelet's; `pki` and `resolv` are paths inside the node.
-pub(super) fn kubelet(node: &str, pki: &Path, resolv: &Path) -> Value {
+pub(super) fn kubelet(node: &str, pki: &Path, resolv: &Path, families: Families) -> Value {
     let certificate = |suffix: &str| pki.join(format!("{node}-server.{suffix}"));
     json!({
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -71,7 +71,7 @@ pub(super) fn kubelet(node: &str, pki: &Path, resolv: &Path) -> Value {
         "cgroupDriver": "cgroupfs",
         "failCgroupV1": false,
         "failSwapOn": false,
-        "clusterDNS": address::CLUSTER_DNS,
+        "clusterDNS": families.order(address::CLUSTER_DNS),
         "clusterDomain": "cluster.local",
         "resolvConf": resolv,
         "evictionHard": {
@@ -85,16 +85,27 @@ pub(super) fn kubelet(node: &str, pki: &Path, resolv: &Path) -> Value {
     })
 }
 
+/// How kube-proxy does its work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProxyMode {
+    /// With nftables.
+    Nftables,
+    /// With iptables.
+    Iptables,
+}
+
 /// kube-proxy's. The conntrack table's size is not writable in a child network namespace: 0 leaves it alone.
-pub(super) fn kube_proxy(node: &str, kubeconfig: &Path) -> Value {
-    let pods: Vec<String> = crate::lab::net::pod_pools()
-        .iter()
-        .map(ToString::to_string)
-        .collect();
+pub(super) fn kube_proxy(node: &str, kubeconfig: &Path, mode: ProxyMode, families: Families) -> Value {
+    let pods = families
+        .order(crate::lab::net::pod_pools())
+        .map(|pool| pool.to_string());
     json!({
         "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
         "kind": "KubeProxyConfiguration",
-        "mode": "nftables",
+        "mode": match mode {
+            ProxyMode::Nftables => "nftables",
+            ProxyMode::Iptables => "iptables",
+        },
         "oomScoreAdj": 0,
         "hostnameOverride": node,
         "clusterCIDR": pods.join(","),

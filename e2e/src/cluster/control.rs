@@ -8,7 +8,11 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{address, pki::Pki, tools};
+use super::{
+    address::{self, Families},
+    pki::Pki,
+    tools,
+};
 use crate::lab::{
     net::{node_address, pod_pools},
     process::{Place, Process},
@@ -18,6 +22,7 @@ use crate::lab::{
 /// A running control plane.
 pub(super) struct Control {
     place: Place,
+    families: Families,
     folder: PathBuf,
     etcd: Process,
     api_server: Process,
@@ -26,7 +31,7 @@ pub(super) struct Control {
 
 impl Control {
     /// Starts everything and waits until the API server is ready.
-    pub(super) fn start(place: Place, folder: &Path, nodes: u8) -> Result<Self> {
+    pub(super) fn start(place: Place, folder: &Path, nodes: u8, families: Families) -> Result<Self> {
         certificates(&folder.join("pki"), nodes)?;
         let etcd = place.spawn(
             [
@@ -42,9 +47,10 @@ impl Control {
             ],
             &folder.join("logs/etcd.log"),
         )?;
-        let api_server = start_api_server(&place, folder)?;
+        let api_server = start_api_server(&place, folder, families)?;
         let mut control = Self {
             place,
+            families,
             folder: folder.to_owned(),
             etcd,
             api_server,
@@ -78,7 +84,7 @@ impl Control {
 
     /// Starts it again and waits until it is ready.
     pub(super) fn start_api_server(&mut self) -> Result<()> {
-        self.api_server = start_api_server(&self.place, &self.folder)?;
+        self.api_server = start_api_server(&self.place, &self.folder, self.families)?;
         self.wait_ready()
     }
 
@@ -131,9 +137,15 @@ impl Control {
             "--allocate-node-cidrs=true".into(),
             format!(
                 "--cluster-cidr={}",
-                pod_pools().map(|pool| pool.to_string()).join(",")
+                self.families
+                    .order(pod_pools())
+                    .map(|pool| pool.to_string())
+                    .join(",")
             ),
-            format!("--service-cluster-ip-range={}", address::SERVICE_CIDRS.join(",")),
+            format!(
+                "--service-cluster-ip-range={}",
+                self.families.order(address::SERVICE_CIDRS).join(",")
+            ),
             // A node that is powered off is noticed within a test's patience.
             "--node-monitor-grace-period=20s".into(),
         ]);
@@ -152,15 +164,21 @@ impl Control {
     }
 }
 
-fn start_api_server(place: &Place, folder: &Path) -> Result<Process> {
+fn start_api_server(place: &Place, folder: &Path, families: Families) -> Result<Process> {
     let pki = |file: &str| path(folder, &format!("pki/{file}"));
     let command = [
         tools::path("kube-apiserver")?,
         "--etcd-servers=http://127.0.0.1:2379".into(),
-        format!("--advertise-address={}", address::CONTROL.v4),
+        format!(
+            "--advertise-address={}",
+            families.order(address::CONTROL.both())[0]
+        ),
         "--bind-address=::".into(),
         format!("--secure-port={}", address::API_PORT),
-        format!("--service-cluster-ip-range={}", address::SERVICE_CIDRS.join(",")),
+        format!(
+            "--service-cluster-ip-range={}",
+            families.order(address::SERVICE_CIDRS).join(",")
+        ),
         format!("--tls-cert-file={}", pki("apiserver.crt")),
         format!("--tls-private-key-file={}", pki("apiserver.key")),
         format!("--client-ca-file={}", pki("ca.crt")),

@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 
-use super::address;
+use super::address::{self, Families};
 use crate::lab::net::pod_cidrs;
 
 /// The nodes, with their pod CIDRs chosen beforehand so that the CNI configuration agrees, and kube-proxy's rights.
-pub(super) fn base(nodes: u8) -> Vec<Value> {
+pub(super) fn base(nodes: u8, families: Families) -> Vec<Value> {
     let mut objects: Vec<Value> = (1..=nodes)
         .map(|n| {
-            let cidrs = pod_cidrs(n);
+            let cidrs = families.order(pod_cidrs(n));
             let mut labels = json!({});
             if n <= 2 {
                 // Where keyd likes to be. The control plane itself is elsewhere and takes no pods.
@@ -34,7 +34,7 @@ pub(super) fn base(nodes: u8) -> Vec<Value> {
 }
 
 /// CoreDNS, two replicas, both families.
-pub(super) fn dns() -> Vec<Value> {
+pub(super) fn dns(families: Families) -> Vec<Value> {
     let rules = json!([
         {"apiGroups": [""], "resources": ["endpoints", "services", "pods", "namespaces"], "verbs": ["list", "watch"]},
         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
@@ -42,6 +42,7 @@ pub(super) fn dns() -> Vec<Value> {
     let corefile = ".:53 {\n    errors\n    health\n    ready\n    kubernetes cluster.local in-addr.arpa ip6.arpa\n    \
                     cache 5\n}\n";
     let name = json!({"name": "coredns", "namespace": "kube-system"});
+    let addresses = families.order(address::CLUSTER_DNS);
     vec![
         json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": name}),
         json!({
@@ -67,8 +68,8 @@ pub(super) fn dns() -> Vec<Value> {
             "apiVersion": "v1", "kind": "Service",
             "metadata": {"name": "kube-dns", "namespace": "kube-system"},
             "spec": {
-                "clusterIP": address::CLUSTER_DNS[0],
-                "clusterIPs": address::CLUSTER_DNS,
+                "clusterIP": addresses[0],
+                "clusterIPs": addresses,
                 "ipFamilyPolicy": "RequireDualStack",
                 "selector": {"k8s-app": "kube-dns"},
                 "ports": [

@@ -6,8 +6,11 @@
 //! underlay in clear: if Warren let a packet through unencrypted it would arrive, and the capture would see it.
 
 mod address;
+pub mod api;
+pub mod bench;
 pub(crate) mod cgroup;
 mod config;
+pub mod conformance;
 mod control;
 pub mod hello;
 pub mod inside;
@@ -18,10 +21,12 @@ pub mod pod;
 mod shell;
 mod tools;
 mod warren;
+mod workload;
 
 use std::{
     fs,
     io::Write as _,
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
     time::Duration,
@@ -31,8 +36,8 @@ use anyhow::{Context as _, Result, ensure};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::node::Node;
-use self::{control::Control, shell::Shell};
+use self::{address::Families, control::Control, shell::Shell};
+pub use self::{config::ProxyMode, node::Node, workload::Workload};
 use crate::lab::{
     process::{Place, Process},
     wait::wait_until,
@@ -47,6 +52,8 @@ pub struct Options {
     pub warren: bool,
     /// Say what is being done.
     pub verbose: bool,
+    /// IPv6 is the first family of nodes, pods and services, IPv4 the second.
+    pub ipv6_first: bool,
 }
 
 impl Default for Options {
@@ -55,6 +62,7 @@ impl Default for Options {
             nodes: 3,
             warren: true,
             verbose: false,
+            ipv6_first: false,
         }
     }
 }
@@ -64,6 +72,7 @@ pub struct Cluster {
     // Fields are dropped in this order: the shell, which removes everything, last.
     control: Control,
     nodes: Vec<Node>,
+    families: Families,
     holder: Process,
     shell: Shell,
 }
@@ -94,20 +103,24 @@ impl Cluster {
         let shell = Shell::start()?;
         say(&format!("{} in {}", shell.id, shell.folder.display()));
         let (holder, place) = shell.control(options.nodes)?;
-        let control = Control::start(place, &shell.folder, options.nodes)?;
+        let families = Families {
+            ipv6_first: options.ipv6_first,
+        };
+        let control = Control::start(place, &shell.folder, options.nodes, families)?;
         say("API server ready");
         let mut cluster = Self {
             control,
             nodes: Vec::new(),
+            families,
             holder,
             shell,
         };
-        cluster.apply(&manifests::base(options.nodes))?;
+        cluster.apply(&manifests::base(options.nodes, families))?;
         cluster.nodes = std::thread::scope(|scope| {
             let threads: Vec<_> = (1..=options.nodes)
                 .map(|n| {
                     let (shell, images) = (&cluster.shell, &images);
-                    scope.spawn(move || Node::start(shell, n, options.nodes, images))
+                    scope.spawn(move || Node::start(shell, n, options.nodes, families, images))
                 })
                 .collect();
             threads
@@ -122,7 +135,7 @@ impl Cluster {
         say("nodes started");
         cluster.wait_nodes()?;
         say("nodes ready");
-        cluster.apply(&manifests::dns())?;
+        cluster.apply(&manifests::dns(families))?;
         Ok(cluster)
     }
 
@@ -165,7 +178,22 @@ impl Cluster {
     /// `kubectl apply` of some objects.
     pub fn apply(&self, objects: &[Value]) -> Result<()> {
         let list = serde_json::json!({"apiVersion": "v1", "kind": "List", "items": objects});
-        let command = self.control.kubectl(["apply", "-f", "-"])?;
+        self.apply_text(&list.to_string())
+    }
+
+    /// `kubectl apply` of YAML or JSON.
+    pub fn apply_text(&self, text: &str) -> Result<()> {
+        self.kubectl_stdin(&["apply", "-f", "-"], text)
+    }
+
+    /// `kubectl delete` of the objects in YAML or JSON; returns when they are gone.
+    pub fn delete_text(&self, text: &str) -> Result<()> {
+        self.kubectl_stdin(&["delete", "-f", "-", "--wait"], text)
+    }
+
+    /// Runs kubectl with a text to read.
+    fn kubectl_stdin(&self, arguments: &[&str], text: &str) -> Result<()> {
+        let command = self.control.kubectl(arguments.iter().copied())?;
         let mut child = self
             .control
             .place()
@@ -179,14 +207,20 @@ impl Cluster {
             .stdin
             .take()
             .context("no pipe")?
-            .write_all(list.to_string().as_bytes())?;
+            .write_all(text.as_bytes())?;
         let output = child.wait_with_output()?;
         ensure!(
             output.status.success(),
-            "kubectl apply: {}",
+            "kubectl {}: {}",
+            arguments.join(" "),
             String::from_utf8_lossy(&output.stderr).trim()
         );
         Ok(())
+    }
+
+    /// The addresses of the cluster's DNS, IPv4 first.
+    pub fn dns_addresses(&self) -> [IpAddr; 2] {
+        address::CLUSTER_DNS
     }
 
     /// Where the API server runs; it has no agent.
@@ -214,6 +248,14 @@ impl Cluster {
         self.nodes[node].power_off()?;
         f(self)?;
         self.nodes[node].power_on(&self.shell)
+    }
+
+    /// Starts every kube-proxy anew in another mode.
+    pub fn switch_proxies(&mut self, mode: ProxyMode) -> Result<()> {
+        let (kubeconfig, families) = (self.shell.folder.join("pki/proxy.conf"), self.families);
+        self.nodes
+            .iter_mut()
+            .try_for_each(|node| node.switch_proxy(&kubeconfig, mode, families))
     }
 
     /// Waits until every node is ready.

@@ -13,12 +13,22 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{cgroup, config, inside::NodeSpec, shell::Shell, tools};
+use super::{
+    address::Families,
+    cgroup,
+    config::{self, ProxyMode},
+    inside::NodeSpec,
+    shell::Shell,
+    tools,
+};
 use crate::lab::{
     net::{node_address, pod_cidrs},
     process::{ALL, Place, Process},
     wait::wait_until,
 };
+
+/// The daemon whose mode can change.
+const PROXY: &str = "kube-proxy";
 
 /// A node.
 pub struct Node {
@@ -29,6 +39,7 @@ pub struct Node {
     outside: Place,
     number: u8,
     of: u8,
+    families: Families,
     spec: PathBuf,
     folder: PathBuf,
     tool: PathBuf,
@@ -40,7 +51,13 @@ pub struct Node {
 
 impl Node {
     /// Boots it and starts containerd, kubelet and kube-proxy; does not wait for the node to be ready.
-    pub(super) fn start(shell: &Shell, number: u8, of: u8, images: &[PathBuf]) -> Result<Self> {
+    pub(super) fn start(
+        shell: &Shell,
+        number: u8,
+        of: u8,
+        families: Families,
+        images: &[PathBuf],
+    ) -> Result<Self> {
         let name = format!("node{number}");
         let folder = shell.folder.join(&name);
         fs::create_dir_all(&folder)?;
@@ -51,7 +68,7 @@ impl Node {
             state: folder.join("state"),
         };
         fs::write(&spec, serde_json::to_vec(&description)?)?;
-        configure(shell, &folder, &name, number)?;
+        configure(shell, &folder, &name, number, families)?;
         let (init, pid) = shell.spawn_init(&name, &shell.tool(), &spec)?;
         let mut node = Self {
             place: shell.place(&name, pid, ALL),
@@ -59,6 +76,7 @@ impl Node {
             name,
             number,
             of,
+            families,
             spec,
             folder,
             tool: shell.tool(),
@@ -107,7 +125,7 @@ impl Node {
             self.place
                 .run(["ctr", "-n", "k8s.io", "images", "import", &image])?;
         }
-        let addresses = node_address(self.number);
+        let addresses = self.families.order(node_address(self.number).both());
         let kubeconfig = shell
             .folder
             .join(format!("pki/{}.conf", self.name))
@@ -120,17 +138,51 @@ impl Node {
                 format!("--config={}", file("kubelet.yaml")),
                 format!("--kubeconfig={kubeconfig}"),
                 format!("--hostname-override={}", self.name),
-                format!("--node-ip={},{}", addresses.v4, addresses.v6),
+                format!("--node-ip={},{}", addresses[0], addresses[1]),
                 "--root-dir=/var/lib/kubelet".into(),
                 "--v=2".into(),
             ],
         )?;
-        self.daemon(
-            "kube-proxy",
-            &[
-                tools::path("kube-proxy")?,
-                format!("--config={}", file("proxy.yaml")),
-            ],
+        self.start_proxy()
+    }
+
+    fn start_proxy(&mut self) -> Result<()> {
+        let config = self.folder.join("proxy.yaml").display().to_string();
+        self.daemon(PROXY, &[tools::path("kube-proxy")?, format!("--config={config}")])
+    }
+
+    /// Starts kube-proxy anew in another mode; returns when its rules of the old one are gone and those of the new one there.
+    pub(super) fn switch_proxy(
+        &mut self,
+        kubeconfig: &Path,
+        mode: ProxyMode,
+        families: Families,
+    ) -> Result<()> {
+        let old = self
+            .daemons
+            .iter()
+            .position(|daemon| daemon.name.starts_with(PROXY));
+        let mut old = self.daemons.remove(old.context("kube-proxy does not run")?);
+        old.kill()?;
+        let config = config::kube_proxy(&self.name, kubeconfig, mode, families);
+        fs::write(self.folder.join("proxy.yaml"), config.to_string())?;
+        self.start_proxy()?;
+        wait_until(
+            Duration::from_secs(60),
+            "kube-proxy works in the new mode",
+            || {
+                self.check()?;
+                let tables = self.place.run(["nft", "list", "tables"])?;
+                let chains = self.place.run(["iptables-save", "-t", "nat"])?;
+                let nftables = tables.contains("kube-proxy");
+                let iptables = chains.contains("-A KUBE-SERVICES ");
+                let wanted = match mode {
+                    ProxyMode::Nftables => nftables && !iptables,
+                    ProxyMode::Iptables => iptables && !nftables,
+                };
+                ensure!(wanted, "rules of nftables: {nftables}, of iptables: {iptables}");
+                Ok(())
+            },
         )
     }
 
@@ -209,7 +261,7 @@ impl Node {
     }
 }
 
-fn configure(shell: &Shell, folder: &Path, name: &str, number: u8) -> Result<()> {
+fn configure(shell: &Shell, folder: &Path, name: &str, number: u8, families: Families) -> Result<()> {
     let pki = shell.folder.join("pki");
     let resolv = folder.join("resolv.conf");
     fs::write(&resolv, "")?;
@@ -219,7 +271,8 @@ fn configure(shell: &Shell, folder: &Path, name: &str, number: u8) -> Result<()>
         "cni.conflist",
         &config::cni(number.is_multiple_of(3), &pod_cidrs(number)),
     )?;
-    write("kubelet.yaml", &config::kubelet(name, &pki, &resolv))?;
-    write("proxy.yaml", &config::kube_proxy(name, &pki.join("proxy.conf")))?;
+    write("kubelet.yaml", &config::kubelet(name, &pki, &resolv, families))?;
+    let proxy = config::kube_proxy(name, &pki.join("proxy.conf"), ProxyMode::Nftables, families);
+    write("proxy.yaml", &proxy)?;
     Ok(())
 }

@@ -8,13 +8,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::Cluster;
+use super::{Cluster, workload::Workload};
 use crate::{
     app::{
         ask::Protocol,
         ping::PingReport,
+        probe::{Probed, Target},
         wire::{Answer, FlowReport},
     },
     lab::{
@@ -30,48 +31,46 @@ pub const PORT: u16 = 8080;
 /// A pod with the lab's application.
 #[derive(Debug, Clone)]
 pub struct AppPod {
+    /// Its namespace.
+    pub namespace: String,
     /// Its name, which it answers with.
     pub name: String,
     /// The node it runs on.
     pub node: String,
     /// IPv4 first.
     pub addresses: Vec<IpAddr>,
-    place: Place,
+    /// In its network namespace.
+    pub place: Place,
 }
 
 impl Cluster {
     /// The manifest of a pod with the application, on a node.
     pub fn app(name: &str, node: &str, labels: &Value) -> Value {
-        json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": name, "labels": labels},
-            "spec": {
-                "nodeName": node,
-                "terminationGracePeriodSeconds": 0,
-                "containers": [{
-                    "name": "app",
-                    "image": "localhost/warren/lab-app:dev",
-                    "imagePullPolicy": "Never",
-                    "args": ["serve", "--name", name, "--listen", format!("[::]:{PORT}")],
-                    // The application wants large socket buffers, and ICMP.
-                    "securityContext": {"capabilities": {"add": ["NET_ADMIN", "NET_RAW"]}},
-                    "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 1},
-                }],
-            },
-        })
+        let mut manifest = Workload::new("default", name, node).manifest();
+        manifest["metadata"]["labels"] = labels.clone();
+        manifest
     }
 
     /// A pod of the default namespace that is running.
     pub fn app_pod(&self, name: &str) -> Result<AppPod> {
-        let object = self.get(["pod", name])?;
+        self.running(&self.get(["pod", name])?)
+    }
+
+    /// All pods of a namespace; they must run.
+    pub fn app_pods(&self, namespace: &str) -> Result<Vec<AppPod>> {
+        let list = self.get(["pods", "-n", namespace])?;
+        let pods = list["items"].as_array().into_iter().flatten();
+        pods.map(|object| self.running(object)).collect()
+    }
+
+    fn running(&self, object: &Value) -> Result<AppPod> {
         let text = |pointer: &str| -> Result<String> {
             let value = object.pointer(pointer).and_then(Value::as_str);
             Ok(value
-                .with_context(|| format!("pod {name} has no {pointer}"))?
+                .with_context(|| format!("{} has no {pointer}", object["metadata"]["name"]))?
                 .to_owned())
         };
-        let node = text("/spec/nodeName")?;
+        let (name, node) = (text("/metadata/name")?, text("/spec/nodeName")?);
         let container = text("/status/containerStatuses/0/containerID")?;
         let addresses = object["status"]["podIPs"].as_array().into_iter().flatten();
         let addresses = addresses
@@ -102,7 +101,8 @@ impl Cluster {
             ..host.place.clone()
         };
         Ok(AppPod {
-            name: name.to_owned(),
+            namespace: text("/metadata/namespace")?,
+            name,
             node,
             addresses,
             place,
@@ -133,6 +133,18 @@ impl AppPod {
         let text =
             self.place
                 .run(self.tool(&["ping", "--to", &to.to_string(), "--size", &size.to_string()]))?;
+        serde_json::from_str(&text).with_context(|| format!("not a report: {text}"))
+    }
+
+    /// Many questions at once: some should be answered, the others should meet silence.
+    pub fn probe(&self, allow: &[Target], deny: &[Target]) -> Result<Vec<Probed>> {
+        let mut command = self.tool(&["probe", "--timeout", "2000"]);
+        for (flag, targets) in [("--allow", allow), ("--deny", deny)] {
+            for target in targets {
+                command.extend([flag.to_owned(), target.to_string()]);
+            }
+        }
+        let text = self.place.run(command)?;
         serde_json::from_str(&text).with_context(|| format!("not a report: {text}"))
     }
 

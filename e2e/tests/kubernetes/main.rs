@@ -4,6 +4,7 @@
 
 mod failures;
 mod hostile;
+mod policy;
 mod scene;
 mod traffic;
 

@@ -13,11 +13,15 @@ pub(crate) enum Bench {
     /// The tunnel engine beside wireguard-go and boringtun-cli, between two namespaces: medians and ratios.
     /// `--json FILE`, `--rounds N`, `--seconds N`, `--only TEST,...`.
     Tunnel(Passed),
+    /// From a policy's change to the new verdict on the wire, in a Kubernetes cluster with 1,000 policies.
+    /// `--json FILE` (p50_ms, p99_ms, ...), `--changes N`, `--policies N`.
+    Policy(Passed),
 }
 
 /// Measures.
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Tunnel(passed) => tunnel::run(passed),
+        Bench::Policy(passed) => crate::lab::in_cluster("bench-policy", passed),
     }
 }
