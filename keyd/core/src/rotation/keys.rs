@@ -1,0 +1,152 @@
+//! The keys of a node, as they are durable.
+
+use std::collections::BTreeSet;
+
+use warren_model::{NodeUid, PublicKey, SlotKey};
+
+/// Slots of a node: two for each of two generations.
+pub const KEY_SLOTS: u8 = 4;
+
+/// The half of the slots that a generation (from 1) has: 0 or 1.
+pub fn half(generation: u64) -> u8 {
+    u8::from(generation.is_multiple_of(2))
+}
+
+/// The two slots that a generation fills.
+pub fn slots_of(generation: u64) -> [u8; 2] {
+    let first = 2 * half(generation);
+    [first, first + 1]
+}
+
+/// The keys of one incarnation of a node. Written by compare-and-swap, published after it is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeKeys {
+    /// UID of the node.
+    pub uid: NodeUid,
+    /// What is published, sorted by slot. Empty before the first key.
+    pub slots: Vec<SlotKey>,
+    /// The generation that is sent with; 0 before the first key. Never goes back.
+    pub active: u64,
+    /// The highest generation ever accepted. One that is not above it and not listed is void for ever.
+    pub last: u64,
+}
+
+impl NodeKeys {
+    /// A node without a key.
+    pub fn none(uid: NodeUid) -> Self {
+        Self {
+            uid,
+            slots: vec![],
+            active: 0,
+            last: 0,
+        }
+    }
+
+    /// Whether a generation is published.
+    pub fn lists(&self, generation: u64) -> bool {
+        self.slots.iter().any(|slot| slot.generation == generation)
+    }
+
+    /// The published generations.
+    pub fn generations(&self) -> BTreeSet<u64> {
+        self.slots.iter().map(|slot| slot.generation).collect()
+    }
+
+    /// The published generation that is not active yet.
+    pub fn candidate(&self) -> Option<u64> {
+        self.slots
+            .iter()
+            .map(|slot| slot.generation)
+            .find(|g| *g > self.active)
+    }
+
+    /// The published generation that is not active any more.
+    pub fn former(&self) -> Option<u64> {
+        self.slots
+            .iter()
+            .map(|slot| slot.generation)
+            .find(|g| *g < self.active)
+    }
+
+    /// The key of a generation.
+    pub fn key(&self, generation: u64) -> Option<PublicKey> {
+        self.slots
+            .iter()
+            .find(|slot| slot.generation == generation)
+            .map(|slot| slot.public_key)
+    }
+
+    /// The generation of the next key: above all that were, in the half that the active one does not have.
+    pub fn next(&self) -> u64 {
+        self.above_last(|g| half(g) != half(self.active))
+    }
+
+    /// The generation of a key that takes the place of the active one, which is lost.
+    pub fn replacement(&self) -> u64 {
+        self.above_last(|g| half(g) == half(self.active))
+    }
+
+    fn above_last(&self, fits: impl Fn(u64) -> bool) -> u64 {
+        let first = self.last + 1;
+        if self.active == 0 || fits(first) {
+            first
+        } else {
+            first + 1
+        }
+    }
+
+    /// The keys with a proved new one beside the active one. `lost`: in place of the active one, whose private half
+    /// no longer exists. The sentence says why it is refused.
+    pub fn admit(&self, proved: &[SlotKey], lost: bool) -> Result<Self, String> {
+        let [first, second] = proved else {
+            return Err("a key is offered with its two slots".to_owned());
+        };
+        let generation = first.generation;
+        if (first.generation, first.public_key) != (second.generation, second.public_key)
+            || [first.slot, second.slot] != slots_of(generation)
+        {
+            return Err(format!(
+                "key generation {generation} belongs in slots {:?}, one key in both",
+                slots_of(generation)
+            ));
+        }
+        if self.key(generation) == Some(first.public_key) {
+            return Ok(self.clone());
+        }
+        let expected = match (self.active, lost) {
+            (0, _) => generation.max(self.last + 1),
+            (_, true) => self.replacement(),
+            (_, false) => self.next(),
+        };
+        if generation != expected || (self.candidate().is_some() && !lost) {
+            return Err(format!(
+                "key generation {generation} was not asked for, the next is {expected}"
+            ));
+        }
+        let mut keys = self.clone();
+        keys.slots
+            .retain(|slot| half(slot.generation) != half(generation));
+        keys.slots.extend([first.clone(), second.clone()]);
+        keys.slots.sort_by_key(|slot| slot.slot);
+        keys.last = generation;
+        if self.active == 0 || lost {
+            keys.active = generation;
+        }
+        Ok(keys)
+    }
+
+    /// The candidate becomes active: the point of no return.
+    pub fn commit(&self) -> Self {
+        Self {
+            active: self.candidate().unwrap_or(self.active),
+            ..self.clone()
+        }
+    }
+
+    /// Everything but the active generation leaves: a candidate is withdrawn, a former one retired.
+    pub fn only_active(&self) -> Self {
+        let mut keys = self.clone();
+        keys.slots.retain(|slot| slot.generation == self.active);
+        keys
+    }
+}

@@ -1,0 +1,178 @@
+//! The paths of a pair.
+
+use std::collections::BTreeSet;
+
+use ipnet::IpNet;
+use warren_model::{NodeUid, PublicKey, SlotKey};
+
+use crate::state::{NodePath, State};
+
+/// Slots of a node: two for each of two generations.
+pub const KEY_SLOTS: u8 = 4;
+
+/// The half of the slots that a generation (from 1) has: 0 or 1.
+pub fn half(generation: u64) -> u8 {
+    u8::from(generation.is_multiple_of(2))
+}
+
+/// The slot of a node's own for a pair, by the generations of its own key and of the peer's.
+pub fn slot_of(own: u64, peer: u64) -> u8 {
+    2 * half(own) + half(peer)
+}
+
+/// The keys of a node as the directory has them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeKeys {
+    /// UID of the node.
+    pub uid: NodeUid,
+    /// Keys in their slots, sorted by slot.
+    pub slots: Vec<SlotKey>,
+    /// The generation to send with; 0 before the first key.
+    pub active: u64,
+    /// The highest generation ever accepted.
+    pub last: u64,
+}
+
+impl NodeKeys {
+    /// Whether a generation is published.
+    pub fn lists(&self, generation: u64) -> bool {
+        self.slots.iter().any(|slot| slot.generation == generation)
+    }
+
+    fn at(&self, slot: u8, generation: u64) -> Option<&SlotKey> {
+        self.slots
+            .iter()
+            .find(|key| key.slot == slot && key.generation == generation)
+    }
+}
+
+/// Whether `offered` may take the place of `known`: `active` and `last` of an incarnation never go back, so a record
+/// that would set them back comes from a leader that has not seen the newest.
+pub fn newer(known: &NodeKeys, offered: &NodeKeys) -> bool {
+    known.uid != offered.uid || (offered.active, offered.last) >= (known.active, known.last)
+}
+
+/// A way between this node and a peer: one device at either end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Path {
+    /// This node's slot.
+    pub slot: u8,
+    /// Generation of this node's key on it.
+    pub own: u64,
+    /// Generation of the peer's key.
+    pub peer: u64,
+    /// The peer's key.
+    pub key: PublicKey,
+    /// The peer's UDP port.
+    pub port: u16,
+}
+
+/// All paths of a pair that this node can use, sorted by slot: for each published generation of its own whose private
+/// key it holds, and each of the peer's. No two have the same slot, at either end.
+pub fn paths(own: &NodeKeys, holds: impl Fn(u64) -> bool, peer: &NodeKeys) -> Vec<Path> {
+    let mut found = Vec::with_capacity(2);
+    for here in &own.slots {
+        if half(here.generation) != here.slot / 2 || !holds(here.generation) {
+            continue;
+        }
+        let there = |there: &&SlotKey| {
+            there.slot == slot_of(there.generation, here.generation)
+                && here.slot == slot_of(here.generation, there.generation)
+        };
+        // A half belongs to one generation, so there is one at most.
+        if let Some(there) = peer.slots.iter().find(there) {
+            found.push(Path {
+                slot: here.slot,
+                own: here.generation,
+                peer: there.generation,
+                key: there.public_key,
+                port: there.port,
+            });
+        }
+    }
+    found
+}
+
+/// The generation of the key that each device should have; `None` for one that is emptied. A device is open while a
+/// path needs it; the first one of the active generation always is.
+pub fn devices<'a>(
+    own: &NodeKeys,
+    holds: impl Fn(u64) -> bool,
+    paths: impl IntoIterator<Item = &'a Path>,
+) -> [Option<u64>; KEY_SLOTS as usize] {
+    let mut open = [None; KEY_SLOTS as usize];
+    let home = slot_of(own.active, own.active) & 2;
+    if own.active > 0 && own.at(home, own.active).is_some() && holds(own.active) {
+        open[usize::from(home)] = Some(own.active);
+    }
+    for path in paths {
+        open[usize::from(path.slot)] = Some(path.own);
+    }
+    open
+}
+
+/// The slot that sends to a peer, of those that its `paths` use. `current` is what the path map says now; `verified`
+/// has a bit for each slot whose path this node has verified.
+///
+/// Moves to the path of the two active generations once that is verified, and never from it: having moved is a
+/// promise, on which `keyd` retires the old key.
+pub fn sending(
+    own: &NodeKeys,
+    peer: &NodeKeys,
+    paths: &[Path],
+    current: Option<u8>,
+    verified: u8,
+) -> Option<u8> {
+    let has = |slot: &u8| paths.iter().any(|path| path.slot == *slot);
+    let bit = |slot: u8| verified & (1 << slot) != 0;
+    let current = current.filter(has);
+    let active = paths
+        .iter()
+        .find(|path| (path.own, path.peer) == (own.active, peer.active))
+        .map(|path| path.slot);
+    match (current, active) {
+        (Some(current), Some(active)) if current != active && !bit(active) => Some(current),
+        (_, Some(active)) => Some(active),
+        (Some(current), None) => Some(current),
+        // The active key is not there (lost): what else carries?
+        (None, None) => paths
+            .iter()
+            .map(|path| path.slot)
+            .find(|slot| bit(*slot))
+            .or_else(|| paths.first().map(|path| path.slot)),
+    }
+}
+
+/// The entry of the path map: sends by one slot, receives on all.
+pub fn node_path(paths: &[Path], sending: Option<u8>) -> Option<NodePath> {
+    let receive = paths.iter().fold(0, |bits, path| bits | 1 << path.slot);
+    sending.map(|slot| NodePath { slot, receive })
+}
+
+/// Whether a path is on its way out: it gets no keepalive, so that what still arrives on it is data.
+pub fn is_draining(own: &NodeKeys, peer: &NodeKeys, path: &Path) -> bool {
+    path.own < own.active || path.peer < peer.active
+}
+
+/// Whether a path is in place at this end, down to its prefixes and its receive bit, and its handshake is fresh.
+/// `index` is the node index of the peer, `own_key` this node's public key of the path's generation.
+pub fn is_verified(
+    state: &State,
+    index: u16,
+    path: &Path,
+    own_key: PublicKey,
+    prefixes: &BTreeSet<IpNet>,
+) -> bool {
+    let receives = |entry: &NodePath| entry.receive & (1 << path.slot) != 0;
+    state.devices.get(&path.slot).is_some_and(|device| {
+        device.exists
+            && device.up
+            && device.programs
+            && device.wireguard.public_key == Some(own_key)
+            && device
+                .wireguard
+                .peers
+                .get(&path.key)
+                .is_some_and(|peer| !peer.silent && peer.allowed_ips.is_superset(prefixes))
+    }) && state.paths.get(&index).is_some_and(receives)
+}
