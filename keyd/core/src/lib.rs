@@ -16,6 +16,7 @@ mod labels;
 mod nodes;
 pub mod policy;
 mod publish;
+pub mod rotation;
 mod sessions;
 mod stored;
 
