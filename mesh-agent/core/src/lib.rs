@@ -17,6 +17,7 @@ mod index;
 mod plan;
 pub mod policy;
 mod retry;
+pub mod slots;
 mod state;
 mod verify;
 
