@@ -4,7 +4,7 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
-use crate::policy::PolicyCommand;
+use crate::{endpoint::EndpointCommand, identity::IdentityCommand, policy::PolicyCommand};
 
 /// Shows how the encrypted mesh of a Kubernetes cluster is doing.
 ///
@@ -23,6 +23,10 @@ Examples:
   warren encrypt status             is all traffic between nodes encrypted?
   warren status --wait              wait until everything is up, at most five minutes
   warren status -o json             the same for a program
+  warren policy get                 which policies are there, and are they valid?
+  warren policy trace --from demo/web --to demo/db --port 5432
+                                    why does this connection pass, or not?
+  warren endpoint list              where is policy enforced?
   warren completion bash >/etc/bash_completion.d/warren";
 
 /// Which cluster.
@@ -56,6 +60,15 @@ pub(crate) enum Command {
     /// Network policies.
     #[command(subcommand)]
     Policy(PolicyCommand),
+    /// Identities: the numbers that policy knows pods by.
+    #[command(subcommand)]
+    Identity(IdentityCommand),
+    /// Endpoints: pods and hosts, with what is enforced there.
+    #[command(subcommand)]
+    Endpoint(EndpointCommand),
+    /// Connects its streams with keyd's local socket.
+    #[command(hide = true)]
+    KeydTunnel,
     /// Are all parts of Warren up?
     ///
     /// Lists keyd, the agents and the tunnels with what is wanted, ready and available, the pods they manage and the

@@ -19,7 +19,7 @@ use kube::{
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use warren_keyd_api::status::ClusterStatus;
 
-use crate::{args::Target, components::Component};
+use crate::{args::Target, components::Component, keyd::Keyd};
 
 /// All of Warren's objects have this label.
 const PART_OF: &str = "app.kubernetes.io/part-of=warren";
@@ -27,6 +27,9 @@ const PART_OF: &str = "app.kubernetes.io/part-of=warren";
 const KEYD: &str = "app.kubernetes.io/name=keyd";
 /// Held by the leading keyd.
 const LEASE: &str = "warren-keyd";
+
+/// Connects its streams with keyd's local socket; the pods of keyd have this program.
+const TUNNEL: [&str; 2] = ["warren", "keyd-tunnel"];
 
 /// A connection to a cluster.
 pub(crate) struct Cluster {
@@ -75,8 +78,8 @@ impl Cluster {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
-    /// Asks the pods of keyd, the holder of the lease first, until one says that it leads.
-    pub(crate) async fn keyd_status(&self) -> anyhow::Result<ClusterStatus> {
+    /// The pods of keyd, the holder of the lease first.
+    async fn keyd_pods(&self) -> anyhow::Result<Vec<String>> {
         let pods = self
             .api::<Pod>()
             .list(&ListParams::default().labels(KEYD))
@@ -99,15 +102,52 @@ impl Cluster {
                 .as_ref()
                 .is_some_and(|holder| holder.contains(name.as_str()))
         });
+        Ok(names)
+    }
+
+    /// Asks the pods of keyd, the holder of the lease first, until one says that it leads.
+    pub(crate) async fn keyd_status(&self) -> anyhow::Result<ClusterStatus> {
         let (mut follower, mut failed) = (None, None);
-        for name in &names {
-            match self.ask(name).await {
+        for name in self.keyd_pods().await? {
+            match self.ask(&name).await {
                 Ok(status) if status.leader => return Ok(status),
                 Ok(status) => follower = Some(status),
                 Err(error) => failed = Some(error.context(format!("pod {name}"))),
             }
         }
         follower.ok_or_else(|| failed.unwrap_or_else(|| anyhow!("no pod of keyd answered")))
+    }
+
+    /// A connection to the admin service of the leading keyd, through a command in its pod.
+    pub(crate) async fn keyd(&self) -> anyhow::Result<Keyd> {
+        let mut failed = None;
+        for name in self.keyd_pods().await? {
+            match self.tunnel(&name).await {
+                Ok(Some(keyd)) => return Ok(keyd),
+                Ok(None) => {}
+                Err(error) => failed = Some(error.context(format!("pod {name}"))),
+            }
+        }
+        Err(failed.unwrap_or_else(|| anyhow!("no pod of keyd leads at the moment: try again")))
+    }
+
+    /// A connection to keyd in a pod; none where it does not lead.
+    async fn tunnel(&self, pod: &str) -> anyhow::Result<Option<Keyd>> {
+        let parameters = AttachParams::default()
+            .stdin(true)
+            .stdout(true)
+            .stderr(false)
+            .container("keyd");
+        let mut process = self
+            .api::<Pod>()
+            .exec(pod, TUNNEL, &parameters)
+            .await
+            .map_err(reason)?;
+        let (Some(input), Some(output)) = (process.stdin(), process.stdout()) else {
+            bail!("the API server opened no streams");
+        };
+        let mut keyd = Keyd::over(tokio::io::join(output, input), process).await?;
+        Ok(keyd.leads().await?.then_some(keyd))
     }
 
     async fn holder(&self) -> anyhow::Result<Option<String>> {

@@ -6,12 +6,17 @@ mod args;
 mod assess;
 mod components;
 mod encrypt;
+mod endpoint;
+mod identity;
+mod keyd;
 mod kubernetes;
 mod output;
 mod policy;
+mod policy_get;
 mod policy_yaml;
 mod source;
 mod status;
+mod trace;
 mod version;
 
 use std::process::ExitCode;
@@ -28,7 +33,17 @@ async fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Encrypt(EncryptCommand::Status(options)) => encrypt::run(&cli.target, options).await,
-        Command::Policy(command) => policy::run(command),
+        Command::Policy(command) => policy::run(&cli.target, command).await,
+        Command::Identity(command) => identity::run(&cli.target, command).await,
+        Command::Endpoint(command) => endpoint::run(&cli.target, command).await,
+        Command::KeydTunnel => {
+            let ended = keyd::tunnel(&cli.target).await;
+            if let Err(error) = &ended {
+                eprintln!("warren: {error:#}");
+            }
+            // Standard input cannot be let go of: a thread waits in it.
+            std::process::exit(i32::from(ended.is_err()));
+        }
         Command::Status(options) => status::run(&cli.target, options).await,
         Command::Version(options) => version::run(&cli.target, options).await,
         Command::Completion { shell } => {

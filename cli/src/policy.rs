@@ -12,9 +12,11 @@ use warren_crds::cilium;
 use warren_model::policy::{PolicyError, PolicyRef};
 
 use crate::{
-    args::{Format, OutputOptions},
+    args::{Format, OutputOptions, Target},
     output,
+    policy_get::{self, GetOptions},
     policy_yaml::{Located, documents},
+    trace::{self, TraceOptions},
 };
 
 #[derive(Debug, Subcommand)]
@@ -27,6 +29,22 @@ pub(crate) enum PolicyCommand {
         after_help = "Examples:\n  warren policy validate -f policy.yaml -f more.yaml\n  kubectl get cnp -A -o yaml | warren policy validate -f -"
     )]
     Validate(ValidateOptions),
+    /// The policies of the cluster, and what keyd makes of them.
+    ///
+    /// VALID says whether an object is enforced; MESSAGE what is wrong with it, or which of its parts cannot be enforced.
+    #[command(
+        after_help = "Examples:\n  warren policy get\n  warren policy get demo/api\n  warren policy get -o json | jq '.[] | select(.valid | not)'"
+    )]
+    Get(GetOptions),
+    /// Why does a connection pass, or not?
+    ///
+    /// Asks the agents at both ends: egress where the connection starts, ingress where it arrives. Each shows what its eBPF
+    /// maps answer, beside the model's answer computed anew from the rules, and every statement that covers the
+    /// connection. Fails where the connection is dropped, and where maps and model disagree.
+    #[command(
+        after_help = "Examples:\n  warren policy trace --from demo/frontend --to demo/api --port 5000\n  warren policy trace --from demo/api --to kube-system/coredns-1 --port 53/UDP\n  warren policy trace --from host:node1 --to demo/api --port 8080\n  warren policy trace --from demo/api --to world:192.0.2.7 --port 443 -o json"
+    )]
+    Trace(TraceOptions),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -70,9 +88,17 @@ struct Findings {
     faults: Vec<Fault>,
 }
 
+/// Runs it; `false` where something is wrong or denied.
+pub(crate) async fn run(target: &Target, command: &PolicyCommand) -> anyhow::Result<bool> {
+    match command {
+        PolicyCommand::Validate(options) => validate_files(options),
+        PolicyCommand::Get(options) => policy_get::run(target, options).await,
+        PolicyCommand::Trace(options) => trace::run(target, options).await,
+    }
+}
+
 /// Prints the findings; `false` where anything is wrong.
-pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<bool> {
-    let PolicyCommand::Validate(options) = command;
+fn validate_files(options: &ValidateOptions) -> anyhow::Result<bool> {
     let mut findings = Findings::default();
     for file in &options.files {
         let name = if file == Path::new("-") {

@@ -12,7 +12,7 @@ use warren_keyd_api::{
     status::ClusterStatus,
 };
 
-use crate::{args::Target, kubernetes::Cluster};
+use crate::{args::Target, keyd::Keyd, kubernetes::Cluster};
 
 /// Where to ask.
 pub(crate) enum Source {
@@ -46,6 +46,14 @@ impl Source {
                     .into())
             }
             Self::Kubernetes(cluster) => cluster.keyd_status().await,
+        }
+    }
+
+    /// A connection to `keyd`'s admin service; in Kubernetes to the leader's.
+    pub(crate) async fn keyd(&self) -> anyhow::Result<Keyd> {
+        match self {
+            Self::Socket(path) => Ok(Keyd::new(admin::connect(path).await?)),
+            Self::Kubernetes(cluster) => cluster.keyd().await,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::proto::admin_client::AdminClient;
@@ -34,5 +35,21 @@ pub async fn connect(path: &Path) -> Result<AdminClient<Channel>, AdminError> {
         }))
         .await
         .map_err(|source| error(std::io::Error::other(source)))?;
+    Ok(AdminClient::new(channel))
+}
+
+/// A client over a connection that exists already, as through a command in keyd's pod. It is not made again: once it
+/// breaks, every call fails.
+pub async fn over<T>(connection: T) -> Result<AdminClient<Channel>, tonic::transport::Error>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let mut connection = Some(TokioIo::new(connection));
+    let channel = Endpoint::from_static("http://keyd.sock")
+        .connect_with_connector(tower::service_fn(move |_| {
+            let connection = connection.take();
+            async move { connection.ok_or_else(|| std::io::Error::other("the connection to keyd broke")) }
+        }))
+        .await?;
     Ok(AdminClient::new(channel))
 }

@@ -250,10 +250,12 @@ pub enum Response {
     /// Answer to [`Request::Status`].
     Status(Box<AgentStatus>),
     /// Answer to [`Request::Endpoints`] and [`Request::Policy`].
+    #[serde(with = "listed")]
     Policies(Vec<EndpointPolicyStatus>),
     /// Answer to [`Request::PolicyTrace`].
     Trace(Box<TraceAnswer>),
     /// Answer to [`Request::Conntrack`].
+    #[serde(with = "listed")]
     Flows(Vec<FlowStatus>),
     /// Answer to [`Request::PolicyEvents`].
     Events {
@@ -262,6 +264,29 @@ pub enum Response {
         /// How many were lost since the maps were made.
         lost: u64,
     },
+}
+
+/// A list as a member of an object: the tag of the response stands beside it.
+mod listed {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Listed<T> {
+        list: T,
+    }
+
+    pub(super) fn serialize<T: Serialize, S: Serializer>(
+        list: &[T],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        Listed { list }.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<T>, D::Error> {
+        Ok(Listed::deserialize(deserializer)?.list)
+    }
 }
 
 /// What the node's encryption really is, read from the device.
@@ -407,4 +432,54 @@ pub fn call(socket: &Path, request: &Request, timeout: Duration) -> Result<Respo
         return Err(io::Error::new(ErrorKind::UnexpectedEof, cut).into());
     }
     Ok(serde_json::from_str(&answer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_response_survives_the_wire() {
+        let flow = FlowStatus {
+            endpoint: 1,
+            direction: Direction::Egress,
+            protocol: 6,
+            local: ([10, 0, 0, 1], 1).into(),
+            remote: ([10, 0, 0, 2], 2).into(),
+            peer: IdentityId(300),
+            state: "established".into(),
+            idle_seconds: 0,
+            expires_seconds: 9,
+            rule: None,
+        };
+        let verdict = TraceVerdict {
+            allowed: true,
+            audit: false,
+            reason: "allowed".into(),
+            rule: None,
+        };
+        let trace = TraceAnswer {
+            endpoint: 0,
+            maps: verdict.clone(),
+            model: verdict,
+            statements: vec![("a".into(), true)],
+        };
+        for response in [
+            Response::Done,
+            Response::Policies(Vec::new()),
+            Response::Flows(vec![flow]),
+            Response::Trace(Box::new(trace)),
+            Response::Events {
+                events: Vec::new(),
+                lost: 3,
+            },
+        ] {
+            let text = serde_json::to_string(&response).unwrap();
+            assert_eq!(
+                serde_json::from_str::<Response>(&text).unwrap(),
+                response,
+                "{text}"
+            );
+        }
+    }
 }
