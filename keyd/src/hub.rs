@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use tokio::sync::{mpsc, oneshot};
 use warren_keyd_api::{
     convert::node_to_proto,
@@ -11,12 +12,16 @@ use warren_keyd_api::{
     },
 };
 use warren_keyd_core::{AgentEvent, Core, Event, Output, Record, SessionId, SourceEvent};
-use warren_model::{Datapath, NodeName, NodeUid};
+use warren_model::{
+    Datapath, NodeName, NodeUid,
+    policy::{PolicyError, PolicyKind, PolicyRef, Rule},
+};
 
 use crate::{
     clock,
     metrics::Metrics,
-    node_status::{Seen, Statuses},
+    node_status::{Seen as SeenNode, Statuses},
+    policy_status::{PolicyStatuses, Seen},
     publisher::{Order, SessionHandle},
     questions::{AskError, Questions, Reply},
 };
@@ -47,6 +52,12 @@ pub(crate) struct Open {
 pub(crate) enum Command {
     /// A change in the source.
     Source(SourceEvent),
+    /// A policy object appeared or changed, with what it says of itself.
+    Policy {
+        policy: PolicyRef,
+        outcome: Result<Vec<Rule>, PolicyError>,
+        seen: Seen,
+    },
     /// The source's problems; replaces the former ones.
     SourceProblems(Vec<String>),
     /// Problem with writing an object, or none any more.
@@ -100,6 +111,9 @@ pub(crate) struct Hub {
     questions: Questions,
     /// Only where objects have a status.
     statuses: Option<(Statuses, tokio::time::Instant)>,
+    policy_statuses: Option<PolicyStatuses>,
+    /// Conditions to write.
+    conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
 }
 
 impl Hub {
@@ -108,12 +122,15 @@ impl Hub {
         orders: mpsc::UnboundedSender<Order>,
         metrics: Metrics,
         load_problems: Vec<String>,
+        conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
         (epoch, with_statuses): (u64, bool),
     ) -> Self {
         Self {
             epoch,
             uid_questions: vec![],
             questions: Questions::default(),
+            conditions,
+            policy_statuses: with_statuses.then(PolicyStatuses::default),
             statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
             orders,
@@ -131,8 +148,9 @@ impl Hub {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut batch = Vec::with_capacity(BATCH);
         loop {
+            let mut ticked = false;
             tokio::select! {
-                _ = tick.tick() => {}
+                _ = tick.tick() => ticked = true,
                 taken = input.recv_many(&mut batch, BATCH) => {
                     if taken == 0 {
                         return;
@@ -144,15 +162,25 @@ impl Hub {
             }
             self.answer_uid_questions();
             for output in self.core.poll(clock::monotonic_ms()) {
-                if let Output::Close { session, .. } = &output {
-                    self.disconnected(*session);
+                match &output {
+                    Output::Close { session, .. } => self.disconnected(*session),
+                    Output::Validity { policy, validity } => {
+                        if let Some(statuses) = &mut self.policy_statuses {
+                            statuses.judged(policy.clone(), validity.clone());
+                        }
+                        continue;
+                    }
+                    _ => {}
                 }
                 if self.orders.send(Order::Do(output)).is_err() {
                     return;
                 }
             }
-            self.measure();
-            self.write_statuses();
+            self.write_conditions();
+            if ticked {
+                self.measure();
+                self.write_statuses();
+            }
         }
     }
 
@@ -164,6 +192,19 @@ impl Hub {
                 if let SourceEvent::NodeDelete(name) = &event {
                     self.agents.remove(name);
                 }
+                self.core.handle(now, Event::Source(event));
+            }
+            Command::Policy {
+                policy,
+                outcome,
+                seen,
+            } => {
+                if let Some(statuses) = &mut self.policy_statuses
+                    && policy.kind != PolicyKind::NetworkPolicy
+                {
+                    statuses.seen(&policy, seen);
+                }
+                let event = SourceEvent::PolicyUpsert { policy, outcome };
                 self.core.handle(now, Event::Source(event));
             }
             Command::SourceProblems(problems) => self.source_problems = problems,
@@ -352,8 +393,17 @@ impl Hub {
         problems
     }
 
+    /// (all, invalid) policy objects.
+    fn count_policies(&self) -> (usize, usize) {
+        let policies = self.core.policies().iter();
+        policies.fold((0, 0), |(all, invalid), (_, validity)| {
+            (all + 1, invalid + usize::from(!validity.valid))
+        })
+    }
+
     fn report(&self) -> StatusResponse {
         let (identities, workloads) = self.core.sizes();
+        let (policies, invalid_policies) = self.count_policies();
         let nodes = self.core.records().filter_map(|record| match record {
             Record::Node(node) => Some(node),
             _ => None,
@@ -376,13 +426,8 @@ impl Hub {
             problems: self.problems(),
             identities: identities as u64,
             workloads: workloads as u64,
-            policies: self.core.policies().iter().count() as u64,
-            invalid_policies: self
-                .core
-                .policies()
-                .iter()
-                .filter(|(_, validity)| !validity.valid)
-                .count() as u64,
+            policies: policies as u64,
+            invalid_policies: invalid_policies as u64,
             selectors: self.core.policies().selectors().len() as u64,
             ..StatusResponse::default()
         }
@@ -395,6 +440,7 @@ impl Hub {
             .filter(|agent| agent.session.is_some())
             .count();
         let (identities, workloads) = self.core.sizes();
+        let (policies, invalid_policies) = self.count_policies();
         self.metrics.observe(
             self.core.counters(),
             &crate::metrics::Observation {
@@ -403,8 +449,21 @@ impl Hub {
                 workloads,
                 version: self.core.version(),
                 problems: self.problems().len(),
+                policies,
+                invalid_policies,
+                selectors: self.core.policies().selectors().len(),
             },
         );
+    }
+
+    fn write_conditions(&mut self) {
+        let Some(statuses) = &mut self.policy_statuses else {
+            return;
+        };
+        for wanted in statuses.take(k8s_openapi::jiff::Timestamp::now()) {
+            // A writer that is gone ends with the term.
+            let _ = self.conditions.send(wanted);
+        }
     }
 
     fn write_statuses(&mut self) {
@@ -421,7 +480,7 @@ impl Hub {
             let Record::Node(node) = record else { continue };
             let agent = self.agents.get(&node.name);
             let status = agent.and_then(|agent| agent.status.as_ref());
-            let seen = Seen {
+            let seen = SeenNode {
                 connected: agent.is_some_and(|agent| agent.session.is_some()),
                 has_key: !node.slots.is_empty(),
                 current: agent.is_some_and(|agent| agent.applied.0 == self.epoch),

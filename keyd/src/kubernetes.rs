@@ -64,7 +64,7 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
     let (feed, fed) = mpsc::channel(1024);
     let (synced, mut source_synced) = watch::channel(false);
     tokio::spawn(feed::run(fed, synced));
-    kubernetes::watch(&client, feed.clone());
+    kubernetes::watch(&client, &config.cluster_name, feed.clone());
 
     let metrics = Metrics::default();
     let (role_set, role) = watch::channel(Role::Follower { leader: vec![] });

@@ -15,6 +15,7 @@ mod leader;
 mod listener;
 mod metrics;
 mod node_status;
+mod policy_status;
 mod publisher;
 mod questions;
 mod run;
@@ -25,6 +26,7 @@ mod store;
 mod token_review;
 mod tokens;
 mod trust;
+mod wire;
 
 use std::process::ExitCode;
 

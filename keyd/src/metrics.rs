@@ -22,6 +22,10 @@ pub(crate) struct Metrics {
     refused_keys: Counter,
     refused_endpoints: Counter,
     refused_streams: Counter,
+    refused_identities: Counter,
+    policies: Gauge,
+    invalid_policies: Gauge,
+    selectors: Gauge,
     streams: Gauge,
     identities: Gauge,
     workloads: Gauge,
@@ -41,6 +45,9 @@ pub(crate) struct Observation {
     pub(crate) workloads: usize,
     pub(crate) version: u64,
     pub(crate) problems: usize,
+    pub(crate) policies: usize,
+    pub(crate) invalid_policies: usize,
+    pub(crate) selectors: usize,
 }
 
 impl Metrics {
@@ -67,6 +74,18 @@ impl Metrics {
             "Agents that could not prove who they are",
             self.refused_authentications.clone(),
         );
+        registry.register(
+            "refused_identities",
+            "Pods that got no identity of their own: a quota, or no number left",
+            self.refused_identities.clone(),
+        );
+        registry.register("policies", "Policy objects, valid or not", self.policies.clone());
+        registry.register(
+            "invalid_policies",
+            "Policy objects that enforce nothing because something is wrong with them",
+            self.invalid_policies.clone(),
+        );
+        registry.register("selectors", "Distinct selectors in use", self.selectors.clone());
         registry.register("streams", "Connected agents", self.streams.clone());
         registry.register("identities", "Allocated identities", self.identities.clone());
         registry.register(
@@ -107,12 +126,20 @@ impl Metrics {
             .inc_by(counters.refused_endpoints.saturating_sub(seen.refused_endpoints));
         self.refused_streams
             .inc_by(counters.refused_streams.saturating_sub(seen.refused_streams));
+        self.refused_identities.inc_by(
+            counters
+                .refused_identities
+                .saturating_sub(seen.refused_identities),
+        );
         *seen = counters;
         let signed = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
         self.streams.set(signed(now.streams));
         self.identities.set(signed(now.identities));
         self.workloads.set(signed(now.workloads));
         self.problems.set(signed(now.problems));
+        self.policies.set(signed(now.policies));
+        self.invalid_policies.set(signed(now.invalid_policies));
+        self.selectors.set(signed(now.selectors));
         self.version.set(now.version);
     }
 }

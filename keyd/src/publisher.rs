@@ -17,20 +17,20 @@ use tokio::{
 };
 use warren_crds::MeshNodeStatus;
 use warren_keyd_api::{
-    convert::Record as WireRecord,
     proto::{
-        DirectoryChunk, EndpointResult, Entry, EntryKey, EntryKind, Goodbye, KeyResult, KeydMessage,
-        Manifest, SignedManifest, Update, Welcome, keyd_message::Body,
+        DirectoryChunk, EndpointResult, Entry, EntryKind, Goodbye, KeyResult, KeydMessage, Manifest,
+        SignedManifest, Update, Welcome, keyd_message::Body,
     },
     snapshot::{EntrySet, chunks},
 };
-use warren_keyd_core::{AgentEvent, CatchUp, Change, Object, Output, Record, RecordKey, SessionId};
+use warren_keyd_core::{AgentEvent, CatchUp, Change, Object, Output, SessionId};
 use warren_model::{IdentityId, NodeName, NodeUid};
 
 use crate::{
     clock, hub,
     store::{ObjectName, Store},
     trust::Trust,
+    wire::encode,
 };
 
 /// Messages that may wait for one agent; an update of any size is one.
@@ -218,6 +218,8 @@ impl Publisher {
         match output {
             // Written before; listed so that a new output is not forgotten.
             Output::Persist(_) => {}
+            // The hub's business.
+            Output::Validity { .. } => {}
             Output::Publish { version, change } => self.publish(version, &change),
             Output::CatchUp {
                 session,
@@ -407,27 +409,4 @@ async fn write_until(store: &Store, object: &Object, deadline: Instant) -> anyho
         tokio::time::sleep(pause).await;
         pause *= 2;
     }
-}
-
-fn encode(change: &Change) -> (Vec<Entry>, Vec<EntryKey>) {
-    let upserts = change.upserts.iter().map(|record| {
-        let record = match record.clone() {
-            Record::Node(node) => WireRecord::Node(node),
-            Record::Identity(number, labels) => WireRecord::Identity(number, labels),
-            Record::Workload(workload) => WireRecord::Workload(workload),
-        };
-        record.to_entry()
-    });
-    let removes = change.removes.iter().map(|key| {
-        let (kind, key) = match key {
-            RecordKey::Node(name) => (EntryKind::EntryNode, name.to_string()),
-            RecordKey::Identity(number) => (EntryKind::EntryIdentity, number.to_string()),
-            RecordKey::Workload(address) => (EntryKind::EntryWorkload, address.to_string()),
-        };
-        EntryKey {
-            kind: kind.into(),
-            key,
-        }
-    });
-    (upserts.collect(), removes.collect())
 }

@@ -22,6 +22,7 @@ use crate::{
     hub::{self, Hub},
     listener,
     metrics::{self, Metrics},
+    policy_status,
     publisher::{self, Publisher},
     service::{Role, Service},
     source::{
@@ -122,7 +123,7 @@ impl Shared {
 /// The tasks of one leadership term; dropped, they end, and with them every stream.
 pub(crate) struct TermTasks {
     pub(crate) hub: mpsc::Sender<hub::Command>,
-    tasks: [tokio::task::JoinHandle<()>; 2],
+    tasks: [tokio::task::JoinHandle<()>; 3],
 }
 
 impl Drop for TermTasks {
@@ -148,13 +149,23 @@ pub(crate) fn begin_term(
     let core = Core::new(settings, loaded.recovered, clock::monotonic_ms());
     let (hub, commands) = mpsc::channel(HUB_QUEUE);
     let (orders, ordered) = mpsc::unbounded_channel();
+    let (conditions, wanted) = mpsc::unbounded_channel();
+    let conditions_of = policy_status::write(term.store.clone(), wanted);
     let publisher = Publisher::new(term, &hub);
-    let index = Hub::new(core, orders, metrics.clone(), loaded.problems, hub_terms);
+    let index = Hub::new(
+        core,
+        orders,
+        metrics.clone(),
+        loaded.problems,
+        conditions,
+        hub_terms,
+    );
     TermTasks {
         hub,
         tasks: [
             tokio::spawn(index.run(commands)),
             tokio::spawn(publisher.run(ordered)),
+            tokio::spawn(conditions_of),
         ],
     }
 }
@@ -167,6 +178,7 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         args.manifests
             .clone()
             .context("--source manifests needs --manifests DIR")?,
+        &config.cluster_name,
     )?;
     let trust = Arc::new(Trust::in_folder(&state)?);
     let tokens = Tokens::open(state.join("tokens.json"))?;

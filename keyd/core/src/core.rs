@@ -1,15 +1,18 @@
 //! The index: events in, outputs out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::{ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource};
+use warren_model::{
+    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource, policy::PolicyRef,
+};
 
 use crate::{
     endpoints::Endpoints,
     event::{Event, Mode, Output, Record, RecordKey, SessionId, SourceEvent},
-    identities::Identities,
+    facts::Facts,
+    identities::{Identities, Limits},
     nodes::Nodes,
-    policy::PolicyRepository,
+    policy::{self, PolicyChange, PolicyRepository},
     publish::Published,
     sessions::{Sessions, Waiting},
     stored::{Object, Recovered, StoredEndpoint, StoredNode},
@@ -17,6 +20,7 @@ use crate::{
 
 mod agents;
 mod persist;
+mod policies;
 mod replies;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -65,6 +69,8 @@ pub struct Counters {
     pub refused_endpoints: u64,
     /// Streams of nodes that do not exist (any more).
     pub refused_streams: u64,
+    /// Pods that got no identity of their own.
+    pub refused_identities: u64,
 }
 
 /// An ADD that was accepted in this round.
@@ -83,7 +89,12 @@ pub struct Core {
     nodes: Nodes,
     endpoints: Endpoints,
     identities: Identities,
+    facts: Facts,
     policies: PolicyRepository,
+    /// Records of policy that may have changed.
+    policy_touched: BTreeSet<RecordKey>,
+    /// Objects of which something else may have to be said.
+    judged: BTreeSet<PolicyRef>,
     sessions: Sessions,
     published: Published,
     synced: bool,
@@ -101,7 +112,11 @@ pub struct Core {
 impl Core {
     /// Starts a term with what was stored. Nothing is published before [`SourceEvent::Synced`].
     pub fn new(settings: Settings, recovered: Recovered, now: u64) -> Self {
-        let identities = Identities::new(recovered.identities.clone(), settings.identity_quarantine_ms, now);
+        let limits = Limits {
+            quarantine_ms: settings.identity_quarantine_ms,
+            per_namespace: usize::try_from(settings.config.identities_per_namespace).unwrap_or(usize::MAX),
+        };
+        let identities = Identities::new(recovered.identities.clone(), limits, now);
         let kept = |number: &IdentityId, labels: &Labels| identities.labels(*number) == Some(labels);
         let (good, bad): (Vec<_>, Vec<_>) = recovered
             .identities
@@ -127,7 +142,10 @@ impl Core {
             nodes: Nodes::new(settings.config.clone(), recovered.nodes),
             endpoints,
             identities,
-            policies: PolicyRepository::default(),
+            facts: Facts::new(settings.mode, settings.config.host_reaches_pods),
+            policies: PolicyRepository::new(settings.config.clone()),
+            policy_touched: BTreeSet::new(),
+            judged: BTreeSet::new(),
             sessions: Sessions::default(),
             published: Published::default(),
             synced: false,
@@ -155,11 +173,13 @@ impl Core {
         match event {
             SourceEvent::NodeUpsert(node) => {
                 let name = node.name.clone();
+                self.facts.upsert(&node);
                 if self.nodes.upsert(node) {
                     self.node_gone(&name, "was registered anew", now);
                 }
             }
             SourceEvent::NodeDelete(name) => {
+                self.facts.delete(&name);
                 if self.nodes.delete(&name) {
                     self.node_gone(&name, "was deleted", now);
                 }
@@ -171,6 +191,24 @@ impl Core {
                 self.endpoints
                     .delete_pod(&(namespace, name), &mut self.identities, now);
             }
+            SourceEvent::PolicyUpsert { policy, outcome } => {
+                let changes = self.policies.upsert(&policy, outcome);
+                self.take_policy(changes);
+            }
+            SourceEvent::PolicyDelete(policy) => {
+                let changes = self.policies.remove(&policy);
+                self.take_policy(changes);
+                self.judged.insert(policy);
+            }
+            SourceEvent::CidrGroupUpsert { name, outcome } => {
+                let changes = self.policies.set_group(&name, Some(outcome));
+                self.take_policy(changes);
+            }
+            SourceEvent::CidrGroupDelete(name) => {
+                let changes = self.policies.set_group(&name, None);
+                self.take_policy(changes);
+            }
+            SourceEvent::ApiServers(addresses) => self.facts.set_apiservers(addresses),
             SourceEvent::Synced => {
                 if !std::mem::replace(&mut self.synced, true) {
                     self.nodes.synced();
@@ -198,9 +236,12 @@ impl Core {
         if self.nodes.settle() {
             self.endpoints.nodes_changed();
         }
+        self.identities.collect(now);
+        if self.identities.take_freed() {
+            self.endpoints.numbers_freed();
+        }
         self.endpoints
             .settle(self.nodes.checked(), &mut self.identities, now);
-        self.identities.collect(now);
         let early = std::mem::take(&mut self.out);
         let touched = self.persist();
         let due = self.published.version() == 0
@@ -216,6 +257,7 @@ impl Core {
                 change,
             });
         }
+        self.tell_validity();
         self.greet();
         self.out.extend(early);
         self.answer_added(now);
@@ -233,6 +275,13 @@ impl Core {
                 .labels(*number)
                 .map(|labels| Record::Identity(*number, labels.clone())),
             RecordKey::Workload(address) => self.endpoints.workload(*address).map(Record::Workload),
+            RecordKey::NodeFacts(name) => {
+                let facts = self.nodes.uid(name).and_then(|_| self.facts.of(name));
+                facts.map(|facts| Record::NodeFacts(name.clone(), facts))
+            }
+            RecordKey::Selector(_) | RecordKey::Members(..) | RecordKey::Policy(_) => {
+                self.policies.record(key)
+            }
         }
     }
     fn node_record(&self, name: &NodeName) -> Option<NodeRecord> {
@@ -268,13 +317,17 @@ impl Core {
     pub fn problems(&self) -> Vec<String> {
         let mut out = self.nodes.problems();
         out.extend(self.endpoints.problems());
+        out.extend(self.policy_problems());
         out.extend(self.refusals.values().map(|(_, sentence)| sentence.clone()));
         out.extend(self.sessions.problems());
         out
     }
     /// What was refused.
     pub fn counters(&self) -> Counters {
-        self.counters
+        Counters {
+            refused_identities: self.endpoints.refused_identities,
+            ..self.counters
+        }
     }
     /// (identities, workloads) that exist.
     pub fn sizes(&self) -> (usize, usize) {

@@ -15,7 +15,7 @@ use warren_model::{ClusterConfig, IdentityId, NodeName, PodRef, WorkloadRecord};
 
 use crate::{
     event::{Mode, Namespace, Pod},
-    identities::Identities,
+    identities::{Identities, NoNumber},
     stored::StoredEndpoint,
 };
 
@@ -32,6 +32,7 @@ struct Instance {
     /// Given up by the node's agent, whatever the API still says.
     released: BTreeSet<IpAddr>,
     identity: IdentityId,
+    policy_audit: bool,
 }
 
 impl Instance {
@@ -42,6 +43,7 @@ impl Instance {
             status: BTreeSet::new(),
             released: BTreeSet::new(),
             identity: IdentityId::UNKNOWN,
+            policy_audit: false,
         }
     }
 
@@ -66,7 +68,10 @@ pub(crate) struct Endpoints {
     by_node: BTreeMap<NodeName, BTreeSet<IpAddr>>,
     dirty: BTreeSet<PodRef>,
     unsettled: BTreeMap<PodRef, String>,
-    exhausted: bool,
+    /// Why some have no identity of their own; they stay closed.
+    unnumbered: BTreeMap<PodRef, NoNumber>,
+    /// How many were refused one.
+    pub(crate) refused_identities: u64,
     touched: BTreeSet<IpAddr>,
     /// Instances whose durable part may have changed.
     changed: BTreeSet<PodRef>,
@@ -84,7 +89,8 @@ impl Endpoints {
             by_node: BTreeMap::new(),
             dirty: BTreeSet::new(),
             unsettled: BTreeMap::new(),
-            exhausted: false,
+            unnumbered: BTreeMap::new(),
+            refused_identities: 0,
             touched: BTreeSet::new(),
             changed: BTreeSet::new(),
         };
@@ -280,6 +286,7 @@ impl Endpoints {
             identities.release(instance.identity, now);
         }
         self.unsettled.remove(pod);
+        self.unnumbered.remove(pod);
         self.dirty.remove(pod);
         self.changed.insert(pod.clone());
     }
@@ -294,7 +301,7 @@ impl Endpoints {
             node: instance.node.clone(),
             identity: instance.identity,
             pod: pod.clone(),
-            policy_audit: false,
+            policy_audit: instance.policy_audit,
         })
     }
     /// Addresses owned on a node, sorted.
@@ -322,10 +329,8 @@ impl Endpoints {
         })
     }
     pub(crate) fn problems(&self) -> impl Iterator<Item = String> + '_ {
-        let exhausted = self.exhausted.then(|| {
-            "all identity numbers are taken: some pods match no policy; use fewer distinct label sets"
-                .to_owned()
-        });
-        self.unsettled.values().cloned().chain(exhausted)
+        let unnumbered: BTreeSet<_> = self.unnumbered.values().collect();
+        let unnumbered = unnumbered.into_iter().map(ToString::to_string);
+        self.unsettled.values().cloned().chain(unnumbered)
     }
 }

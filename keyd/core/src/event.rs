@@ -1,10 +1,14 @@
 //! What goes in and what comes out.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use ipnet::IpNet;
 use warren_model::{
     Datapath, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PublicKey, SlotKey, WorkloadRecord,
+    policy::{NamedPorts, NodeFacts, PolicyError, PolicyRef, Rule, Selector, SelectorId, Validity},
 };
 
 use crate::stored::Object;
@@ -32,6 +36,10 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Vec<IpNet>,
+    /// `metadata.labels`.
+    pub labels: BTreeMap<String, String>,
+    /// The annotation `warren.dev/policy-audit: "true"`.
+    pub policy_audit: bool,
 }
 
 /// A Namespace of the source.
@@ -66,6 +74,10 @@ pub struct Pod {
     pub finished: bool,
     /// `status.podIPs`; not used in stand-alone mode.
     pub addresses: Vec<IpAddr>,
+    /// Named ports of its containers.
+    pub ports: NamedPorts,
+    /// The annotation `warren.dev/policy-audit: "true"`.
+    pub policy_audit: bool,
 }
 
 /// A change in the source.
@@ -88,7 +100,27 @@ pub enum SourceEvent {
         /// Its name.
         name: String,
     },
-    /// Everything that exists has been reported once. Nothing is published, and no recovered object is taken for
+    /// A policy object appeared or changed, as the parser saw it.
+    PolicyUpsert {
+        /// The object.
+        policy: PolicyRef,
+        /// Its rules, or what is wrong with it: it then enforces nothing.
+        outcome: Result<Vec<Rule>, PolicyError>,
+    },
+    /// A policy object is gone.
+    PolicyDelete(PolicyRef),
+    /// A CiliumCIDRGroup appeared or changed.
+    CidrGroupUpsert {
+        /// Its name.
+        name: String,
+        /// Its prefixes, or what is wrong with it.
+        outcome: Result<Vec<IpNet>, PolicyError>,
+    },
+    /// A CiliumCIDRGroup is gone.
+    CidrGroupDelete(String),
+    /// All addresses behind the Service default/kubernetes; not used in stand-alone mode.
+    ApiServers(BTreeSet<IpAddr>),
+    /// Everything that exists, policies included, has been reported once. Nothing is published, and no recovered object is taken for
     /// deleted, before that.
     Synced,
 }
@@ -171,6 +203,29 @@ pub enum Record {
     Identity(IdentityId, Labels),
     /// The owner of an address.
     Workload(WorkloadRecord),
+    /// A selector that rules name.
+    Selector(SelectorId, Selector),
+    /// Members of a selector in one block of [`MEMBERS_BLOCK`](crate::MEMBERS_BLOCK) identities; never empty.
+    Members(SelectorId, u32, BTreeSet<IdentityId>),
+    /// All rules of a policy object; never empty.
+    Policy(PolicyRef, Vec<Rule<SelectorId>>),
+    /// What policy has to know of a node.
+    NodeFacts(NodeName, NodeFacts),
+}
+
+impl Record {
+    /// What names it.
+    pub fn key(&self) -> RecordKey {
+        match self {
+            Self::Node(node) => RecordKey::Node(node.name.clone()),
+            Self::Identity(number, _) => RecordKey::Identity(*number),
+            Self::Workload(workload) => RecordKey::Workload(workload.ip),
+            Self::Selector(id, _) => RecordKey::Selector(*id),
+            Self::Members(id, block, _) => RecordKey::Members(*id, *block),
+            Self::Policy(policy, _) => RecordKey::Policy(policy.clone()),
+            Self::NodeFacts(name, _) => RecordKey::NodeFacts(name.clone()),
+        }
+    }
 }
 
 /// Names an entry of the directory.
@@ -182,6 +237,14 @@ pub enum RecordKey {
     Identity(IdentityId),
     /// An address.
     Workload(IpAddr),
+    /// A selector.
+    Selector(SelectorId),
+    /// A block of a selector's members.
+    Members(SelectorId, u32),
+    /// A policy object.
+    Policy(PolicyRef),
+    /// Facts of a node.
+    NodeFacts(NodeName),
 }
 
 /// A change of the directory.
@@ -251,6 +314,13 @@ pub enum Output {
         request_id: u64,
         /// The pod's identity.
         result: Result<IdentityId, EndpointError>,
+    },
+    /// What is to be said of a policy object has changed. Not for agents, and not durable.
+    Validity {
+        /// The object.
+        policy: PolicyRef,
+        /// What to say; `None` where the object is gone.
+        validity: Option<Validity>,
     },
     /// End this stream.
     Close {

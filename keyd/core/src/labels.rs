@@ -2,40 +2,26 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::Labels;
+use warren_model::{
+    ClusterConfig, Labels,
+    policy::keys::{CLUSTER, NAMESPACE, NAMESPACE_LABELS, SERVICE_ACCOUNT},
+};
 
 use crate::event::{Namespace, Pod};
 
-const NAMESPACE: &str = "io.kubernetes.pod.namespace";
-const NAMESPACE_LABELS: &str = "io.cilium.k8s.namespace.labels.";
-const SERVICE_ACCOUNT: &str = "io.cilium.k8s.policy.serviceaccount";
-const CLUSTER: &str = "io.cilium.k8s.policy.cluster";
 /// Labels of pods that imitate ours are dropped.
 const RESERVED_PREFIXES: [&str; 2] = ["io.cilium.k8s.", "reserved:"];
 /// Set on each Namespace by the API server; added where a manifest lacks it.
 const METADATA_NAME: &str = "kubernetes.io/metadata.name";
 
-/// Labels that controllers write with another value per revision or replica: each would make an identity of its
-/// own, and no policy means them.
-const PER_REPLICA: [&str; 8] = [
-    "pod-template-hash",
-    "controller-revision-hash",
-    "pod-template-generation",
-    "controller-uid",
-    "batch.kubernetes.io/controller-uid",
-    "batch.kubernetes.io/job-completion-index",
-    "statefulset.kubernetes.io/pod-name",
-    "apps.kubernetes.io/pod-index",
-];
-
-/// The policy-relevant labels of a pod, keys with their source prefix. A pod's own labels never override the
-/// namespace, the namespace's labels, the service account or the cluster.
-pub fn workload_labels(pod: &Pod, namespace: Option<&Namespace>, cluster: &str) -> Labels {
-    let mut labels = BTreeMap::new();
+/// The policy-relevant labels of a pod, keys with their source prefix, and its named ports. A pod's own labels never
+/// override the namespace, the namespace's labels, the service account or the cluster.
+pub fn workload_labels(pod: &Pod, namespace: Option<&Namespace>, config: &ClusterConfig) -> Labels {
+    let mut labels: BTreeMap<_, _> = pod.ports.labels().collect();
     let mut put = |key: String, value: &str| labels.insert(format!("k8s:{key}"), value.to_owned());
     for (key, value) in &pod.labels {
         let imitation = key == NAMESPACE || RESERVED_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
-        if !imitation && !PER_REPLICA.contains(&key.as_str()) {
+        if !imitation && !config.ignores_label(key) {
             put(key.clone(), value);
         }
     }
@@ -50,13 +36,16 @@ pub fn workload_labels(pod: &Pod, namespace: Option<&Namespace>, cluster: &str) 
         &pod.service_account
     };
     put(SERVICE_ACCOUNT.into(), account);
-    put(CLUSTER.into(), cluster);
+    put(CLUSTER.into(), &config.cluster_name);
     Labels(labels)
 }
 
 #[cfg(test)]
 mod tests {
+    use warren_model::policy::{NamedPorts, Protocol};
+
     use super::*;
+    use crate::core::tests::config;
 
     fn pod(labels: &[(&str, &str)]) -> Pod {
         Pod {
@@ -73,11 +62,11 @@ mod tests {
             name: "shop".into(),
             labels: [("team".into(), "a".into())].into(),
         };
-        let labels = workload_labels(&pod(&[("app", "web")]), Some(&namespace), "east");
+        let labels = workload_labels(&pod(&[("app", "web")]), Some(&namespace), &config());
         assert_eq!(
             labels.to_string(),
             "k8s:app=web,k8s:io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name=shop,\
-             k8s:io.cilium.k8s.namespace.labels.team=a,k8s:io.cilium.k8s.policy.cluster=east,\
+             k8s:io.cilium.k8s.namespace.labels.team=a,k8s:io.cilium.k8s.policy.cluster=test,\
              k8s:io.cilium.k8s.policy.serviceaccount=default,k8s:io.kubernetes.pod.namespace=shop"
         );
     }
@@ -95,8 +84,8 @@ mod tests {
             ),
         ]);
         assert_eq!(
-            workload_labels(&liar, None, "east"),
-            workload_labels(&pod(&[]), None, "east")
+            workload_labels(&liar, None, &config()),
+            workload_labels(&pod(&[]), None, &config())
         );
     }
 
@@ -106,10 +95,39 @@ mod tests {
             ("app", "web"),
             ("pod-template-hash", "7d9f"),
             ("apps.kubernetes.io/pod-index", "3"),
+            ("batch.kubernetes.io/job-completion-index", "7"),
+            ("batch.kubernetes.io/controller-uid", "u"),
+            ("job-name", "nightly-28"),
         ]);
         assert_eq!(
-            workload_labels(&replica, None, "east"),
-            workload_labels(&pod(&[("app", "web")]), None, "east")
+            workload_labels(&replica, None, &config()),
+            workload_labels(&pod(&[("app", "web")]), None, &config())
+        );
+    }
+
+    #[test]
+    fn which_labels_are_ignored_is_configuration() {
+        let lenient = ClusterConfig {
+            ignored_labels: vec!["build/*".into(), "commit".into()],
+            ..config()
+        };
+        let of = |labels: &[(&str, &str)]| workload_labels(&pod(labels), None, &lenient);
+        let many = [("app", "web"), ("build/number", "1"), ("commit", "c0ffee")];
+        assert_eq!(of(&many), of(&[("app", "web")]));
+        assert_ne!(of(&[("commits", "1")]), of(&[]));
+        assert_ne!(of(&[("pod-template-hash", "7d9f")]), of(&[]));
+    }
+
+    #[test]
+    fn named_ports_are_part_of_the_identity_and_no_label_can_imitate_them() {
+        let mut server = pod(&[("app", "web")]);
+        server.ports = NamedPorts([("http".to_owned(), (Protocol::Tcp, 8080))].into());
+        let labels = workload_labels(&server, None, &config());
+        assert_eq!(NamedPorts::of(&labels), server.ports);
+        let liar = pod(&[("port:http", "TCP/22"), ("http", "TCP/22")]);
+        assert_eq!(
+            NamedPorts::of(&workload_labels(&liar, None, &config())),
+            NamedPorts::default()
         );
     }
 }

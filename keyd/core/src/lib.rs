@@ -10,6 +10,7 @@ mod claims;
 mod core;
 mod endpoints;
 mod event;
+mod facts;
 mod identities;
 mod keys;
 mod labels;
@@ -27,6 +28,7 @@ pub use crate::{
         RecordKey, SessionId, SourceEvent,
     },
     labels::workload_labels,
+    policy::MEMBERS_BLOCK,
     stored::{Object, Recovered, Revoked, StoredEndpoint, StoredNode},
 };
 

@@ -1,18 +1,31 @@
 //! What the source says now, kept warm whether this keyd leads or not, and passed on to the hub of a term.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
+use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use warren_keyd_core::{Namespace, Node, Pod, SourceEvent};
-use warren_model::NodeName;
+use warren_model::{
+    NodeName,
+    policy::{PolicyError, PolicyRef, Rule},
+};
 
-use crate::hub;
+use crate::{hub, policy_status::Seen};
 
 /// Input of the feed.
 #[derive(Debug)]
 pub(crate) enum Feed {
     /// A change in the source.
     Event(SourceEvent),
+    /// A policy object appeared or changed, with what it says of itself.
+    Policy {
+        policy: PolicyRef,
+        outcome: Result<Vec<Rule>, PolicyError>,
+        seen: Seen,
+    },
     /// All problems of the source, as sentences; replaces the former ones.
     Problems(Vec<String>),
     /// A term begins: tell this hub everything, then every change.
@@ -24,6 +37,9 @@ struct State {
     nodes: BTreeMap<NodeName, Node>,
     namespaces: BTreeMap<String, Namespace>,
     pods: BTreeMap<(String, String), Pod>,
+    policies: BTreeMap<PolicyRef, (Result<Vec<Rule>, PolicyError>, Seen)>,
+    groups: BTreeMap<String, Result<Vec<IpNet>, PolicyError>>,
+    apiservers: BTreeSet<IpAddr>,
     problems: Vec<String>,
     synced: bool,
 }
@@ -50,8 +66,31 @@ impl State {
             SourceEvent::PodDelete { namespace, name } => {
                 self.pods.remove(&(namespace.clone(), name.clone())).is_some()
             }
+            SourceEvent::PolicyUpsert { policy, outcome } => {
+                self.take_policy(policy, outcome, &Seen::default())
+            }
+            SourceEvent::PolicyDelete(policy) => self.policies.remove(policy).is_some(),
+            SourceEvent::CidrGroupUpsert { name, outcome } => {
+                self.groups.insert(name.clone(), outcome.clone()).as_ref() != Some(outcome)
+            }
+            SourceEvent::CidrGroupDelete(name) => self.groups.remove(name).is_some(),
+            SourceEvent::ApiServers(addresses) => {
+                std::mem::replace(&mut self.apiservers, addresses.clone()) != *addresses
+            }
             SourceEvent::Synced => !std::mem::replace(&mut self.synced, true),
         }
+    }
+
+    fn take_policy(
+        &mut self,
+        policy: &PolicyRef,
+        outcome: &Result<Vec<Rule>, PolicyError>,
+        seen: &Seen,
+    ) -> bool {
+        let new = (outcome.clone(), seen.clone());
+        let same = self.policies.get(policy) == Some(&new);
+        self.policies.insert(policy.clone(), new);
+        !same
     }
 
     fn all(&self) -> impl Iterator<Item = hub::Command> + '_ {
@@ -63,12 +102,31 @@ impl State {
         let nodes = self.nodes.values().cloned().map(SourceEvent::NodeUpsert);
         let pods = self.pods.values().cloned().map(SourceEvent::PodUpsert);
         let synced = self.synced.then_some(SourceEvent::Synced);
+        let groups = self
+            .groups
+            .iter()
+            .map(|(name, outcome)| SourceEvent::CidrGroupUpsert {
+                name: name.clone(),
+                outcome: outcome.clone(),
+            });
+        let apiservers = std::iter::once(SourceEvent::ApiServers(self.apiservers.clone()));
+        let policies = self
+            .policies
+            .iter()
+            .map(|(policy, (outcome, seen))| hub::Command::Policy {
+                policy: policy.clone(),
+                outcome: outcome.clone(),
+                seen: seen.clone(),
+            });
         let events = namespaces
             .chain(nodes)
             .chain(pods)
-            .chain(synced)
-            .map(hub::Command::Source);
-        std::iter::once(hub::Command::SourceProblems(self.problems.clone())).chain(events)
+            .chain(groups)
+            .chain(apiservers);
+        std::iter::once(hub::Command::SourceProblems(self.problems.clone()))
+            .chain(events.map(hub::Command::Source))
+            .chain(policies)
+            .chain(synced.map(hub::Command::Source))
     }
 }
 
@@ -84,6 +142,20 @@ pub(crate) async fn run(mut input: mpsc::Receiver<Feed>, synced: watch::Sender<b
                 }
                 synced.send_replace(state.synced);
                 hub::Command::Source(event)
+            }
+            Feed::Policy {
+                policy,
+                outcome,
+                seen,
+            } => {
+                if !state.take_policy(&policy, &outcome, &seen) {
+                    continue;
+                }
+                hub::Command::Policy {
+                    policy,
+                    outcome,
+                    seen,
+                }
             }
             Feed::Problems(problems) => {
                 let old: BTreeSet<_> = state.problems.iter().collect();

@@ -1,5 +1,5 @@
-//! The manifest folder: `*.yaml`, `*.yml` and `*.json` files, several documents each, of Nodes, Namespaces and Pods.
-//! Other kinds are somebody else's and are skipped.
+//! The manifest folder: `*.yaml`, `*.yml` and `*.json` files, several documents each, of Nodes, Namespaces, Pods,
+//! policies and CiliumCIDRGroups. Other kinds are somebody else's and are skipped.
 //!
 //! The folder is read twice a second and compared with what was read before: that works on every file system and
 //! needs no event queue that can overflow. Editors and copies are not atomic, so nothing is believed hastily:
@@ -17,10 +17,14 @@ use std::{
 };
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use serde::Deserialize;
+use serde_json::Value;
 use tokio::sync::mpsc;
+use warren_crds::cilium;
 use warren_keyd_api::token::sha256;
 use warren_keyd_core::{Namespace, Node, Pod, SourceEvent};
+use warren_model::policy::{PolicyError, PolicyRef, Rule};
 
 use super::{feed::Feed, parse};
 
@@ -35,6 +39,9 @@ enum Object {
     Node(Node),
     Namespace(Namespace),
     Pod(Pod),
+    /// A policy that is wrong is told, so that it is shown as what it is.
+    Policy(PolicyRef, Result<Vec<Rule>, PolicyError>),
+    Group(String, Result<Vec<IpNet>, PolicyError>),
 }
 
 /// What an object is called.
@@ -43,6 +50,8 @@ enum Key {
     Namespace(String),
     Node(String),
     Pod(String, String),
+    Policy(PolicyRef),
+    Group(String),
 }
 
 impl Object {
@@ -51,6 +60,8 @@ impl Object {
             Self::Node(node) => Key::Node(node.name.to_string()),
             Self::Namespace(namespace) => Key::Namespace(namespace.name.clone()),
             Self::Pod(pod) => Key::Pod(pod.namespace.clone(), pod.name.clone()),
+            Self::Policy(policy, _) => Key::Policy(policy.clone()),
+            Self::Group(name, _) => Key::Group(name.clone()),
         }
     }
 
@@ -59,6 +70,8 @@ impl Object {
             Self::Node(node) => SourceEvent::NodeUpsert(node),
             Self::Namespace(namespace) => SourceEvent::NamespaceUpsert(namespace),
             Self::Pod(pod) => SourceEvent::PodUpsert(pod),
+            Self::Policy(policy, outcome) => SourceEvent::PolicyUpsert { policy, outcome },
+            Self::Group(name, outcome) => SourceEvent::CidrGroupUpsert { name, outcome },
         }
     }
 }
@@ -69,6 +82,8 @@ impl Key {
             Self::Node(name) => SourceEvent::NodeDelete(name.into()),
             Self::Namespace(name) => SourceEvent::NamespaceDelete(name),
             Self::Pod(namespace, name) => SourceEvent::PodDelete { namespace, name },
+            Self::Policy(policy) => SourceEvent::PolicyDelete(policy),
+            Self::Group(name) => SourceEvent::CidrGroupDelete(name),
         }
     }
 }
@@ -85,6 +100,8 @@ struct ManifestFile {
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
+    /// The cluster's name, which policies may mean.
+    cluster: String,
     files: BTreeMap<String, ManifestFile>,
     /// What the core was told.
     told: BTreeMap<Key, Object>,
@@ -94,10 +111,11 @@ pub(crate) struct Folder {
 
 impl Folder {
     /// The folder must exist: a wrong path must not look like an empty cluster.
-    pub(crate) fn open(path: PathBuf) -> anyhow::Result<Self> {
+    pub(crate) fn open(path: PathBuf, cluster: &str) -> anyhow::Result<Self> {
         fs::read_dir(&path).with_context(|| format!("cannot read the manifest folder {}", path.display()))?;
         Ok(Self {
             path,
+            cluster: cluster.to_owned(),
             files: BTreeMap::new(),
             told: BTreeMap::new(),
             missing: BTreeSet::new(),
@@ -157,7 +175,7 @@ impl Folder {
         if text == file.text && !text.is_empty() {
             return;
         }
-        let (objects, problems) = parse_file(name, &text);
+        let (objects, problems) = parse_file(name, &text, &self.cluster);
         if problems.is_empty() && !text.trim().is_empty() {
             file.objects = objects;
             file.problems.clear();
@@ -249,6 +267,8 @@ impl std::fmt::Display for Key {
             Self::Node(name) => write!(f, "Node {name}"),
             Self::Namespace(name) => write!(f, "Namespace {name}"),
             Self::Pod(namespace, name) => write!(f, "Pod {namespace}/{name}"),
+            Self::Policy(policy) => write!(f, "{policy}"),
+            Self::Group(name) => write!(f, "CiliumCIDRGroup {name}"),
         }
     }
 }
@@ -264,11 +284,11 @@ fn read_text(path: &Path) -> io::Result<String> {
 }
 
 /// Parses every document by itself, so that a malformed one hides no other.
-fn parse_file(name: &str, text: &str) -> (BTreeMap<Key, Object>, Vec<String>) {
+fn parse_file(name: &str, text: &str, cluster: &str) -> (BTreeMap<Key, Object>, Vec<String>) {
     let mut objects = BTreeMap::new();
     let mut problems = vec![];
     for (first_line, document) in documents(text) {
-        match parse_document(name, &document) {
+        match parse_document(name, &document, cluster) {
             Ok(found) => {
                 for object in found {
                     let key = object.key();
@@ -329,7 +349,7 @@ struct HeadMetadata {
 /// A fault with its line in the document, from 1.
 type LineFault = (usize, String);
 
-fn parse_document(file: &str, document: &str) -> Result<Vec<Object>, LineFault> {
+fn parse_document(file: &str, document: &str, cluster: &str) -> Result<Vec<Object>, LineFault> {
     let head: Head = yaml(document)?;
     if head.kind.is_empty() {
         return Err((1, "kind is missing: it is not a Kubernetes object".into()));
@@ -337,7 +357,7 @@ fn parse_document(file: &str, document: &str) -> Result<Vec<Object>, LineFault> 
     if head.api_version == "v1" && head.kind == "List" {
         let items = head.items.into_iter().map(|item| {
             let text = item.to_string();
-            parse_document(file, &text).map_err(|(_, fault)| (1, fault))
+            parse_document(file, &text, cluster).map_err(|(_, fault)| (1, fault))
         });
         return Ok(items
             .collect::<Result<Vec<_>, _>>()?
@@ -359,6 +379,16 @@ fn parse_document(file: &str, document: &str) -> Result<Vec<Object>, LineFault> 
             parse::namespace(&yaml(document)?).map_err(named)?,
         )],
         ("v1", "Pod") => vec![Object::Pod(parse::pod(&yaml(document)?).map_err(named)?)],
+        ("cilium.io/v2", "CiliumNetworkPolicy" | "CiliumClusterwideNetworkPolicy")
+        | ("networking.k8s.io/v1", "NetworkPolicy") => {
+            let value: Value = yaml(document)?;
+            let policy = cilium::policy_ref(&value).map_err(|fault| named(fault.to_string()))?;
+            vec![Object::Policy(policy, cilium::parse(&value, cluster))]
+        }
+        ("cilium.io/v2", "CiliumCIDRGroup") => {
+            let outcome = cilium::parse_group(&yaml(document)?).map(|(_, prefixes)| prefixes);
+            vec![Object::Group(head.metadata.name, outcome)]
+        }
         _ => vec![],
     })
 }

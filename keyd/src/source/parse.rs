@@ -1,15 +1,24 @@
 //! Kubernetes objects -> the core's plain structs. The only place where names from objects enter.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use k8s_openapi::{
-    api::core::v1::{Namespace as KubeNamespace, Node as KubeNode, Pod as KubePod},
+    api::{
+        core::v1::{Container, Namespace as KubeNamespace, Node as KubeNode, Pod as KubePod},
+        discovery::v1::EndpointSlice,
+    },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use warren_keyd_core::{Namespace, Node, Pod};
+use warren_model::policy::{NamedPorts, Protocol};
 
 /// The annotation that a kubelet puts on the mirror of a static pod.
 const MIRROR: &str = "kubernetes.io/config.mirror";
+/// The annotation that puts a node or a pod into audit mode.
+const AUDIT: &str = "warren.dev/policy-audit";
 
 /// One sentence without its subject.
 pub(crate) type Fault = String;
@@ -90,6 +99,8 @@ pub(crate) fn node(node: &KubeNode, derived_uid: impl Fn(&str) -> String) -> Res
         uid_derived,
         addresses,
         pod_cidrs,
+        labels: labels_of(&node.metadata),
+        policy_audit: audit(&node.metadata),
     })
 }
 
@@ -135,7 +146,55 @@ pub(crate) fn pod(pod: &KubePod) -> Result<Pod, Fault> {
             .is_some_and(|annotations| annotations.contains_key(MIRROR)),
         finished: phase == "Succeeded" || phase == "Failed",
         addresses,
+        ports: named_ports(
+            &spec.containers,
+            spec.init_containers.as_deref().unwrap_or_default(),
+        ),
+        policy_audit: audit(metadata),
     })
+}
+
+fn audit(metadata: &ObjectMeta) -> bool {
+    let annotation = metadata.annotations.as_ref().and_then(|all| all.get(AUDIT));
+    annotation.is_some_and(|value| value == "true")
+}
+
+/// The named ports of containers, and of init containers that go on running. The first of a name counts, as it does for
+/// Services. What the API server would not have taken is left out.
+fn named_ports(containers: &[Container], init: &[Container]) -> NamedPorts {
+    let sidecars = init
+        .iter()
+        .filter(|container| container.restart_policy.as_deref() == Some("Always"));
+    let mut ports = NamedPorts::default();
+    for port in containers
+        .iter()
+        .chain(sidecars)
+        .flat_map(|container| container.ports.iter().flatten())
+    {
+        let protocol = match port.protocol.as_deref() {
+            None | Some("TCP") => Protocol::Tcp,
+            Some("UDP") => Protocol::Udp,
+            Some("SCTP") => Protocol::Sctp,
+            Some(_) => continue,
+        };
+        if let Some(name) = port.name.clone().filter(|name| !name.is_empty())
+            && let Ok(number @ 1..) = u16::try_from(port.container_port)
+        {
+            ports.0.entry(name).or_insert((protocol, number));
+        }
+    }
+    ports
+}
+
+/// The addresses of an EndpointSlice.
+pub(crate) fn slice_addresses(slice: &EndpointSlice) -> Result<BTreeSet<IpAddr>, Fault> {
+    let texts = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses);
+    texts
+        .map(|text| {
+            text.parse()
+                .map_err(|_| format!("endpoint {text:?} is not an address"))
+        })
+        .collect()
 }
 
 #[cfg(test)]
@@ -193,14 +252,50 @@ mod tests {
     fn mirror_host_network_and_finished_pods_are_told_apart() {
         let object = serde_json::from_value(serde_json::json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": "p", "namespace": "n", "uid": "u", "annotations": {MIRROR: "x"}},
+            "metadata": {"name": "p", "namespace": "n", "uid": "u", "annotations": {MIRROR: "x", AUDIT: "yes"}},
             "spec": {"containers": [], "nodeName": "node1", "hostNetwork": true, "serviceAccountName": "sa"},
             "status": {"phase": "Failed", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}, {"ip": "fd00::9"}]}
         }))
         .unwrap();
         let pod = pod(&object).unwrap();
-        assert!(pod.mirror && pod.host_network && pod.finished);
+        assert!(pod.mirror && pod.host_network && pod.finished && !pod.policy_audit);
         assert_eq!(pod.addresses.len(), 2);
         assert_eq!(pod.service_account, "sa");
+    }
+
+    #[test]
+    fn named_ports_and_audit_mode_are_read() {
+        let port = |name: &str, number: i32, protocol: &str| serde_json::json!({"name": name, "containerPort": number, "protocol": protocol});
+        let object = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "p", "namespace": "n", "annotations": {AUDIT: "true"}},
+            "spec": {
+                "containers": [
+                    {"name": "a", "ports": [{"containerPort": 1}, {"name": "web", "containerPort": 8080}]},
+                    {"name": "b", "ports": [port("web", 81, "TCP"), port("dns", 53, "UDP")]},
+                    {"name": "c", "ports": [port("sig", 2905, "SCTP"), port("odd", 1, "DCCP")]}
+                ],
+                "initContainers": [
+                    {"name": "d", "ports": [port("once", 1, "TCP")]},
+                    {"name": "e", "restartPolicy": "Always", "ports": [port("proxy", 15001, "TCP")]}
+                ]
+            }
+        }))
+        .unwrap();
+        let pod = pod(&object).unwrap();
+        assert!(pod.policy_audit);
+        let ports: Vec<_> = pod
+            .ports
+            .labels()
+            .map(|(key, value)| format!("{key}={value}"))
+            .collect();
+        assert_eq!(
+            ports,
+            [
+                "port:dns=UDP/53",
+                "port:proxy=TCP/15001",
+                "port:sig=SCTP/2905",
+                "port:web=TCP/8080"
+            ]
+        );
     }
 }

@@ -4,13 +4,18 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{
     Api, Client,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
-use warren_crds::{MeshIdentity, MeshNode, MeshNodeStatus, MeshState, MeshStateSpec, STATE_NAME};
+use warren_crds::{
+    MeshIdentity, MeshNode, MeshNodeStatus, MeshState, MeshStateSpec, STATE_NAME,
+    cilium::{CiliumClusterwideNetworkPolicy, CiliumNetworkPolicy},
+};
 use warren_keyd_core::{Object, next_epoch};
+use warren_model::policy::{PolicyKind, PolicyRef};
 
 use super::{Loaded, objects};
 use crate::{clock, trust::Trust};
@@ -107,6 +112,40 @@ impl KubeStore {
             Object::Endpoint(_) | Object::EndpointDelete(_) => {}
         }
         Ok(())
+    }
+
+    /// Writes the `Valid` condition of a policy object, by server-side apply: other conditions are others'.
+    pub(crate) async fn policy_status(
+        &self,
+        policy: &PolicyRef,
+        condition: &Condition,
+    ) -> anyhow::Result<()> {
+        let resource = match policy.kind {
+            PolicyKind::CiliumNetworkPolicy => ApiResource::erase::<CiliumNetworkPolicy>(&()),
+            PolicyKind::CiliumClusterwideNetworkPolicy => {
+                ApiResource::erase::<CiliumClusterwideNetworkPolicy>(&())
+            }
+            PolicyKind::NetworkPolicy => return Ok(()),
+        };
+        let api: Api<DynamicObject> = match policy.namespace.as_str() {
+            "" => Api::all_with(self.client.clone(), &resource),
+            namespace => Api::namespaced_with(self.client.clone(), namespace, &resource),
+        };
+        let patch = json!({
+            "apiVersion": resource.api_version,
+            "kind": resource.kind,
+            "metadata": {"name": policy.name},
+            "status": {"conditions": [condition]},
+        });
+        let params = PatchParams::apply(MANAGER).force();
+        match api
+            .patch_status(&policy.name, &params, &Patch::Apply(&patch))
+            .await
+        {
+            // It is gone.
+            Err(error) if !is_code(&error, 404) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Writes what was last seen of a node.

@@ -7,9 +7,11 @@ mod objects;
 use std::sync::Arc;
 
 pub(crate) use files::FileStore;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 pub(crate) use kubernetes::{KubeStore, MANAGER, is_code};
 use warren_crds::MeshNodeStatus;
 use warren_keyd_core::{Object, Recovered};
+use warren_model::policy::PolicyRef;
 
 /// A store. Writes are idempotent.
 #[derive(Clone)]
@@ -56,6 +58,19 @@ impl Store {
         match self {
             Self::Files(store) => store.apply(object),
             Self::Kubernetes(store) => store.apply(object).await,
+        }
+    }
+
+    /// Writes the `Valid` condition of a policy object; a folder's objects have no status, and neither have
+    /// NetworkPolicies.
+    pub(crate) async fn policy_status(
+        &self,
+        policy: &PolicyRef,
+        condition: &Condition,
+    ) -> anyhow::Result<()> {
+        match self {
+            Self::Files(_) => Ok(()),
+            Self::Kubernetes(store) => store.policy_status(policy, condition).await,
         }
     }
 

@@ -21,9 +21,12 @@ impl Core {
                 self.persisted_nodes.insert(name.clone(), stored.clone());
                 self.out.push(Output::Persist(Object::Node(stored)));
             }
+            touched.insert(RecordKey::NodeFacts(name.clone()));
             touched.insert(RecordKey::Node(name));
         }
+        touched.extend(self.facts.take_changed().into_iter().map(RecordKey::NodeFacts));
         for number in self.identities.take_changed() {
+            self.number_changed(number);
             let labels = self.identities.labels(number);
             if labels != self.persisted_identities.get(&number) {
                 let object = match labels {
@@ -38,6 +41,7 @@ impl Core {
             }
             touched.insert(RecordKey::Identity(number));
         }
+        touched.extend(self.take_policy_touched());
         let pods = self.endpoints.take_changed();
         if self.settings.mode == Mode::StandAlone {
             self.persist_endpoints(pods);

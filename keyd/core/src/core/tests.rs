@@ -211,13 +211,15 @@ pub(super) fn reply(outputs: Vec<Output>) -> Option<Result<u32, EndpointError>> 
     })
 }
 
-pub(super) fn node(n: u8) -> Node {
+pub(crate) fn node(n: u8) -> Node {
     Node {
         name: format!("node{n}").into(),
         uid: format!("uid{n}").into(),
         uid_derived: false,
         addresses: vec![std::net::IpAddr::from([172, 30, 0, n])],
         pod_cidrs: vec![format!("10.244.{n}.0/24").parse().unwrap()],
+        labels: Default::default(),
+        policy_audit: false,
     }
 }
 

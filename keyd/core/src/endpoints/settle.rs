@@ -5,7 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use warren_model::{IdentityId, NodeName, NodeRecord, PodRef};
 
 use super::Endpoints;
-use crate::{identities::Identities, labels::workload_labels};
+use crate::{
+    event::Pod,
+    identities::{Identities, NoNumber},
+    labels::workload_labels,
+};
 
 impl Endpoints {
     /// Brings ownership and identities of everything that changed up to date.
@@ -23,7 +27,7 @@ impl Endpoints {
             }
         }
     }
-    pub(super) fn settle_addresses(&mut self, pod: &PodRef, nodes: &BTreeMap<NodeName, NodeRecord>) {
+    fn settle_addresses(&mut self, pod: &PodRef, nodes: &BTreeMap<NodeName, NodeRecord>) {
         let Some(instance) = self.instances.get(pod) else {
             return;
         };
@@ -72,7 +76,7 @@ impl Endpoints {
             None => self.unsettled.remove(pod),
         };
     }
-    pub(super) fn settle_identity(&mut self, pod: &PodRef, identities: &mut Identities, now: u64) {
+    fn settle_identity(&mut self, pod: &PodRef, identities: &mut Identities, now: u64) {
         let Some(instance) = self.instances.get(pod) else {
             return;
         };
@@ -81,39 +85,62 @@ impl Endpoints {
             .into_iter()
             .filter(|ip| self.owners.get(ip) == Some(pod))
             .collect();
-        let old = instance.identity;
-        let new = if owned.is_empty() {
-            IdentityId::UNKNOWN
+        let old = (instance.identity, instance.policy_audit);
+        let identity = if owned.is_empty() {
+            Ok(IdentityId::UNKNOWN)
         } else {
             self.identity(pod, &instance.node, identities)
         };
-        if !owned.is_empty() {
-            self.exhausted |= new == IdentityId::UNKNOWN;
-        }
-        identities.release(old, now);
+        let known = self.known(pod, &instance.node);
+        // A kubelet makes mirror pods with any annotations it likes.
+        let policy_audit = known.is_some_and(|known| known.policy_audit && !known.mirror);
+        let new = match identity {
+            Ok(identity) => {
+                self.unnumbered.remove(pod);
+                identity
+            }
+            Err(reason) => {
+                let before = self.unnumbered.insert(pod.clone(), reason);
+                self.refused_identities += u64::from(before.is_none());
+                IdentityId::INIT
+            }
+        };
+        // After the new one was acquired: where they are the same, it never becomes idle.
+        identities.release(old.0, now);
         if let Some(instance) = self.instances.get_mut(pod) {
             instance.identity = new;
+            instance.policy_audit = policy_audit;
         }
-        if old != new {
+        if old != (new, policy_audit) {
             self.touched.extend(owned);
         }
     }
-    /// Acquires the identity of an instance.
-    pub(super) fn identity(&self, pod: &PodRef, node: &NodeName, identities: &mut Identities) -> IdentityId {
-        let known = self
-            .pods
+    /// Pods that got no identity of their own try again.
+    pub(crate) fn numbers_freed(&mut self) {
+        self.dirty.extend(self.unnumbered.keys().cloned());
+    }
+    /// The Pod of the source that an instance is, as far as it is known.
+    fn known(&self, pod: &PodRef, node: &NodeName) -> Option<&Pod> {
+        self.pods
             .get(&(pod.namespace.clone(), pod.name.clone()))
             .filter(|known| {
                 known.uid.as_ref().is_none_or(|uid| *uid == pod.uid)
                     && known.node.as_ref().is_none_or(|home| home == node)
-            });
-        match known {
-            None => IdentityId::INIT,
-            Some(known) if known.mirror => IdentityId::UNMANAGED,
+            })
+    }
+    /// Acquires the identity of an instance.
+    fn identity(
+        &self,
+        pod: &PodRef,
+        node: &NodeName,
+        identities: &mut Identities,
+    ) -> Result<IdentityId, NoNumber> {
+        match self.known(pod, node) {
+            None => Ok(IdentityId::INIT),
+            Some(known) if known.mirror => Ok(IdentityId::UNMANAGED),
             Some(known) => {
                 let namespace = self.namespaces.get(&known.namespace);
-                let labels = workload_labels(known, namespace, &self.config.cluster_name);
-                identities.acquire(&labels).unwrap_or(IdentityId::UNKNOWN)
+                identities.acquire(&workload_labels(known, namespace, &self.config))
             }
         }
     }

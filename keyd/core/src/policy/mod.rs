@@ -4,8 +4,11 @@
 //! touches only selectors that it matches. [`PolicyRepository`] holds the policy objects, numbers their selectors,
 //! resolves groups of prefixes and yields [`PolicyChange`]s, the values that are published to agents.
 
+mod records;
 mod repository;
 mod selectors;
 
+pub use records::MEMBERS_BLOCK;
+pub(crate) use records::touched;
 pub use repository::{PolicyChange, PolicyRepository};
 pub use selectors::{Members, SelectorCache};

@@ -2,12 +2,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use warren_model::{
-    IdentityId, Labels,
+    ClusterConfig, IdentityId, Labels,
     policy::{
-        CidrSet, CidrSource, Peer, Peers, PolicyError, PolicyRef, Rule, Selector, SelectorId, Statement,
-        Validity,
+        Action, CidrSet, CidrSource, LabelSource, Peer, Peers, PolicyError, PolicyRef, Rule, Selector,
+        SelectorId, Statement, Subject, Validity,
     },
 };
 
@@ -55,15 +55,29 @@ struct Object {
     validity: Validity,
 }
 
+/// A CiliumCIDRGroup: its prefixes, or what is wrong with it.
+type Group = Result<Vec<IpNet>, PolicyError>;
+
 /// All policy objects. Objects do not affect each other: what is wrong with one is kept with it.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct PolicyRepository {
+    config: ClusterConfig,
     objects: BTreeMap<PolicyRef, Object>,
-    groups: BTreeMap<String, Vec<IpNet>>,
+    groups: BTreeMap<String, Group>,
     selectors: SelectorCache,
 }
 
 impl PolicyRepository {
+    /// Without objects.
+    pub fn new(config: ClusterConfig) -> Self {
+        Self {
+            config,
+            objects: BTreeMap::new(),
+            groups: BTreeMap::new(),
+            selectors: SelectorCache::default(),
+        }
+    }
+
     /// A new object, or a changed one, as the parser saw it. Telling twice changes nothing.
     pub fn upsert(
         &mut self,
@@ -93,11 +107,12 @@ impl PolicyRepository {
         out
     }
 
-    /// Sets the prefixes of a CiliumCIDRGroup; `None` where it is gone. Touches only objects that name it.
-    pub fn set_group(&mut self, name: &str, cidrs: Option<Vec<IpNet>>) -> Vec<PolicyChange> {
-        let before = match cidrs {
-            Some(cidrs) if self.groups.get(name) == Some(&cidrs) => return Vec::new(),
-            Some(cidrs) => self.groups.insert(name.to_owned(), cidrs),
+    /// Sets the prefixes of a CiliumCIDRGroup, or what is wrong with it; `None` where it is gone. Touches only objects
+    /// that name it.
+    pub fn set_group(&mut self, name: &str, group: Option<Group>) -> Vec<PolicyChange> {
+        let before = match group {
+            Some(group) if self.groups.get(name) == Some(&group) => return Vec::new(),
+            Some(group) => self.groups.insert(name.to_owned(), group),
             None => self.groups.remove(name),
         };
         if before.is_none() && !self.groups.contains_key(name) {
@@ -152,6 +167,20 @@ impl PolicyRepository {
             .unwrap_or_default()
     }
 
+    /// The rules of an object as agents get them.
+    pub fn numbered_rules(&self, policy: &PolicyRef) -> &[Rule<SelectorId>] {
+        self.objects
+            .get(policy)
+            .map_or(&[], |object| object.rules.as_slice())
+    }
+
+    /// All CiliumCIDRGroups with something wrong.
+    pub fn malformed_groups(&self) -> impl Iterator<Item = (&str, &PolicyError)> {
+        self.groups
+            .iter()
+            .filter_map(|(name, group)| Some((name.as_str(), group.as_ref().err()?)))
+    }
+
     /// All objects.
     pub fn iter(&self) -> impl Iterator<Item = (&PolicyRef, &Validity)> {
         self.objects
@@ -187,12 +216,8 @@ impl PolicyRepository {
         let mut notes = Vec::new();
         let mut rules = Vec::new();
         for rule in outcome.iter().flatten() {
-            let missing: BTreeSet<_> = groups(rule).filter(|g| !self.groups.contains_key(*g)).collect();
-            notes.extend(
-                missing
-                    .into_iter()
-                    .map(|g| format!("CiliumCIDRGroup {g} does not exist: it holds no address")),
-            );
+            notes.extend(self.group_notes(rule));
+            notes.extend(self.ignored_labels(rule));
             let resolved = self.resolve(rule.clone());
             rules.push(resolved.map(|selector| self.acquire(&selector, &mut out)));
         }
@@ -247,18 +272,58 @@ impl PolicyRepository {
         }
     }
 
+    /// A sentence per group that is not what the rule takes it for.
+    fn group_notes(&self, rule: &Rule) -> Vec<String> {
+        let names: BTreeSet<_> = groups(rule).collect();
+        let note = |name| match self.groups.get(name) {
+            Some(Ok(_)) => None,
+            Some(Err(error)) => Some(format!(
+                "CiliumCIDRGroup {name} is malformed ({error}): allowing it allows nothing, denying it denies every \
+                 address"
+            )),
+            None => Some(format!(
+                "CiliumCIDRGroup {name} does not exist: it holds no address"
+            )),
+        };
+        names.into_iter().filter_map(note).collect()
+    }
+
+    /// A sentence per label that the rule asks for and that no identity has.
+    fn ignored_labels(&self, rule: &Rule) -> Vec<String> {
+        let subject = match &rule.subject {
+            Subject::Pods(selector) => Some(selector),
+            // Nodes have all their labels.
+            Subject::Nodes(_) => None,
+        };
+        let peers = rule.statements.iter().flat_map(Statement::selectors);
+        let keys: BTreeSet<_> = subject
+            .into_iter()
+            .chain(peers)
+            .flat_map(Selector::requirements)
+            .map(|requirement| &requirement.key)
+            .filter(|key| matches!(key.source, LabelSource::Any | LabelSource::K8s))
+            .filter(|key| self.config.ignores_label(&key.name))
+            .collect();
+        let note = |key| format!("label {key} is ignored (ignoredLabels of the cluster): no pod has it");
+        keys.into_iter().map(note).collect()
+    }
+
     /// Puts the prefixes of groups in their place.
     fn resolve(&self, mut rule: Rule) -> Rule {
         for statement in &mut rule.statements {
             let Peers::These(peers) = &mut statement.peers else {
                 continue;
             };
-            *peers = peers.drain(..).flat_map(|peer| self.resolve_peer(peer)).collect();
+            let action = statement.action;
+            *peers = peers
+                .drain(..)
+                .flat_map(|peer| self.resolve_peer(peer, action))
+                .collect();
         }
         rule
     }
 
-    fn resolve_peer(&self, peer: Peer) -> Vec<Peer> {
+    fn resolve_peer(&self, peer: Peer, action: Action) -> Vec<Peer> {
         let Peer::Cidr(CidrSet {
             source: CidrSource::Group(name),
             except,
@@ -267,7 +332,13 @@ impl PolicyRepository {
         else {
             return vec![peer];
         };
-        let prefixes = self.groups.get(&name).map(Vec::as_slice).unwrap_or_default();
+        let everything = [Ipv4Net::default().into(), Ipv6Net::default().into()];
+        let (prefixes, except) = match (self.groups.get(&name), action) {
+            (Some(Ok(prefixes)), _) => (prefixes.as_slice(), except),
+            // Nobody knows what it should hold: fail closed, in both actions.
+            (Some(Err(_)), Action::Deny) => (everything.as_slice(), vec![]),
+            (Some(Err(_)), Action::Allow) | (None, _) => (&[][..], except),
+        };
         let set = |prefix: &IpNet| CidrSet {
             source: CidrSource::Prefix(*prefix),
             except: except
@@ -293,143 +364,4 @@ fn groups(rule: &Rule) -> impl Iterator<Item = &str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use warren_model::policy::{
-        Action, AddressScope, Direction, Directions, LabelKey, PolicyKind, Ports, Requirement, Subject,
-    };
-
-    use super::*;
-
-    fn policy(name: &str) -> PolicyRef {
-        PolicyRef {
-            kind: PolicyKind::CiliumNetworkPolicy,
-            namespace: "shop".into(),
-            name: name.into(),
-        }
-    }
-
-    fn app(name: &str) -> Selector {
-        Selector::new([Requirement::is(LabelKey::parse("app"), name)])
-    }
-
-    fn rule(name: &str, peers: Vec<Peer>) -> Rule {
-        Rule {
-            policy: policy(name),
-            subject: Subject::Pods(app(name)),
-            default_deny: Directions {
-                ingress: true,
-                egress: false,
-            },
-            statements: vec![Statement {
-                place: "spec.ingress[0]".into(),
-                direction: Direction::Ingress,
-                action: Action::Allow,
-                peers: Peers::These(peers),
-                ports: Ports::All,
-                unenforced: Vec::new(),
-            }],
-        }
-    }
-
-    fn kinds(changes: &[PolicyChange]) -> Vec<&'static str> {
-        let kind = |change: &PolicyChange| match change {
-            PolicyChange::Selector { .. } => "selector",
-            PolicyChange::Members(_) => "members",
-            PolicyChange::Rules { .. } => "rules",
-            PolicyChange::Removed(_) => "removed",
-            PolicyChange::SelectorGone(_) => "gone",
-            PolicyChange::Validity { .. } => "validity",
-        };
-        changes.iter().map(kind).collect()
-    }
-
-    #[test]
-    fn selectors_come_before_rules_and_go_after_them() {
-        let mut repository = PolicyRepository::default();
-        let web = rule("web", vec![Peer::Selector(app("api"))]);
-        let changes = repository.upsert(&policy("web"), Ok(vec![web.clone()]));
-        assert_eq!(kinds(&changes), ["selector", "selector", "rules", "validity"]);
-        assert!(
-            repository.upsert(&policy("web"), Ok(vec![web])).is_empty(),
-            "telling twice changes nothing"
-        );
-        let other = rule("web", vec![Peer::Selector(app("db"))]);
-        let changes = repository.upsert(&policy("web"), Ok(vec![other]));
-        assert_eq!(kinds(&changes), ["selector", "rules", "gone"]);
-        assert_eq!(kinds(&repository.snapshot()), ["selector", "selector", "rules"]);
-        assert_eq!(
-            kinds(&repository.remove(&policy("web"))),
-            ["removed", "gone", "gone"]
-        );
-        assert!(repository.remove(&policy("web")).is_empty() && repository.selectors().is_empty());
-    }
-
-    #[test]
-    fn a_bad_object_enforces_nothing_and_touches_no_other() {
-        let mut repository = PolicyRepository::default();
-        repository.upsert(&policy("web"), Ok(vec![rule("web", vec![])]));
-        let before = repository.snapshot();
-        let fault = PolicyError::new("spec.ingress[0]", "is wrong");
-        let changes = repository.upsert(&policy("bad"), Err(fault.clone()));
-        assert_eq!(kinds(&changes), ["validity"]);
-        assert_eq!(repository.snapshot(), before);
-        let validity = repository.validity(&policy("bad")).unwrap();
-        assert!(
-            !validity.valid && validity.message.starts_with("spec.ingress[0]: is wrong."),
-            "{validity:?}"
-        );
-        // A good object that turns bad stops being enforced, and says why.
-        let changes = repository.upsert(&policy("web"), Err(fault));
-        assert_eq!(kinds(&changes), ["removed", "gone", "validity"]);
-        let changes = repository.upsert(&policy("web"), Ok(vec![rule("web", vec![])]));
-        assert_eq!(kinds(&changes), ["selector", "rules", "validity"]);
-    }
-
-    #[test]
-    fn groups_are_resolved_and_followed() {
-        let mut repository = PolicyRepository::default();
-        let except: IpNet = "10.1.0.0/16".parse().unwrap();
-        let office = Peer::Cidr(CidrSet {
-            source: CidrSource::Group("office".into()),
-            except: vec![except],
-            scope: AddressScope::World,
-        });
-        repository.upsert(&policy("web"), Ok(vec![rule("web", vec![office])]));
-        repository.upsert(&policy("api"), Ok(vec![rule("api", vec![])]));
-        let validity = repository.validity(&policy("web")).unwrap();
-        assert!(
-            validity.valid && validity.message.contains("CiliumCIDRGroup office does not exist"),
-            "{validity:?}"
-        );
-        let prefixes = vec!["10.0.0.0/8".parse().unwrap(), "192.168.0.0/24".parse().unwrap()];
-        let changes = repository.set_group("office", Some(prefixes.clone()));
-        assert_eq!(kinds(&changes), ["rules", "validity"]);
-        let PolicyChange::Rules { rules, .. } = &changes[0] else {
-            panic!()
-        };
-        let sets: Vec<_> = rules[0].statements[0].cidrs().collect();
-        assert!(
-            sets[0].contains("10.2.0.1".parse().unwrap()) && !sets[0].contains("10.1.0.1".parse().unwrap())
-        );
-        assert!(sets[1].contains("192.168.0.1".parse().unwrap()) && sets[1].except.is_empty());
-        assert!(repository.set_group("office", Some(prefixes)).is_empty());
-        assert!(repository.set_group("nobody", None).is_empty());
-        assert_eq!(
-            kinds(&repository.set_group("office", None)),
-            ["rules", "validity"]
-        );
-    }
-
-    #[test]
-    fn identities_change_only_selectors_that_they_match() {
-        let mut repository = PolicyRepository::default();
-        repository.upsert(
-            &policy("web"),
-            Ok(vec![rule("web", vec![Peer::Selector(app("api"))])]),
-        );
-        let api = Labels([("k8s:app".to_owned(), "api".to_owned())].into());
-        let changes = repository.upsert_identity(IdentityId(300), &api);
-        assert_eq!(kinds(&changes), ["members"]);
-        assert_eq!(kinds(&repository.remove_identity(IdentityId(300))), ["members"]);
-    }
-}
+mod tests;

@@ -171,6 +171,18 @@ impl SelectorCache {
             .flat_map(|entry| entry.members.iter().copied())
     }
 
+    /// The members of a selector within a range of numbers.
+    pub fn members_in(
+        &self,
+        id: SelectorId,
+        range: std::ops::RangeInclusive<IdentityId>,
+    ) -> impl Iterator<Item = IdentityId> + '_ {
+        self.entries
+            .get(&id)
+            .into_iter()
+            .flat_map(move |entry| entry.members.range(range.clone()).copied())
+    }
+
     /// All selectors in use.
     pub fn iter(&self) -> impl Iterator<Item = (SelectorId, &Selector, &BTreeSet<IdentityId>)> {
         self.entries

@@ -10,7 +10,7 @@ struct Lab {
 impl Lab {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let folder = Folder::open(dir.path().to_owned()).unwrap();
+        let folder = Folder::open(dir.path().to_owned(), "test").unwrap();
         Self { dir, folder }
     }
 
@@ -35,6 +35,15 @@ fn short(event: &SourceEvent) -> String {
         SourceEvent::NamespaceDelete(name) => format!("-ns {name}"),
         SourceEvent::PodUpsert(pod) => format!("+pod {}/{}", pod.namespace, pod.name),
         SourceEvent::PodDelete { namespace, name } => format!("-pod {namespace}/{name}"),
+        SourceEvent::PolicyUpsert { policy, outcome } => {
+            format!("+{policy} {}", if outcome.is_ok() { "valid" } else { "invalid" })
+        }
+        SourceEvent::PolicyDelete(policy) => format!("-{policy}"),
+        SourceEvent::CidrGroupUpsert { name, outcome } => {
+            format!("+group {name} {}", outcome.as_ref().map_or(0, Vec::len))
+        }
+        SourceEvent::CidrGroupDelete(name) => format!("-group {name}"),
+        SourceEvent::ApiServers(addresses) => format!("api servers {addresses:?}"),
         SourceEvent::Synced => "synced".into(),
     }
 }
@@ -102,6 +111,7 @@ fn a_wrong_type_names_its_line() {
     let (_, problems) = parse_file(
         "a.yaml",
         "---\napiVersion: v1\nkind: Pod\nmetadata:\n  name: x\n  labels: 7\n",
+        "test",
     );
     assert_eq!(problems.len(), 1);
     assert!(
@@ -171,4 +181,54 @@ fn derived_uids_depend_on_name_and_file() {
     assert_eq!(derived_uid("a", "f"), derived_uid("a", "f"));
     assert_ne!(derived_uid("a", "f"), derived_uid("b", "f"));
     assert_ne!(derived_uid("a", "f"), derived_uid("a", "g"));
+}
+
+#[test]
+fn policies_and_groups_are_read_and_a_wrong_one_is_told_as_wrong() {
+    let policy = |name: &str, ingress: &str| {
+        format!(
+            "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec:\n  endpointSelector: {{}}\n  ingress: {ingress}\n"
+        )
+    };
+    let network_policy = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: web}\n\
+                          spec: {podSelector: {}, ingress: [{ports: [{port: 8080}]}]}\n";
+    let group = "apiVersion: cilium.io/v2\nkind: CiliumCIDRGroup\nmetadata: {name: office}\n\
+                 spec: {externalCIDRs: [10.0.0.0/8, '2001:db8::/32']}\n";
+    let mut lab = Lab::new();
+    let all = [
+        policy("good", "[{}]"),
+        policy("bad", "nonsense"),
+        network_policy.into(),
+        group.into(),
+    ];
+    lab.write("policies.yaml", &all.join("---\n"));
+    let (mut events, problems) = lab.settle();
+    events.sort();
+    assert_eq!(
+        events,
+        [
+            "+CiliumNetworkPolicy shop/bad invalid",
+            "+CiliumNetworkPolicy shop/good valid",
+            "+NetworkPolicy default/web valid",
+            "+group office 2",
+        ]
+    );
+    assert_eq!(
+        problems,
+        Vec::<String>::new(),
+        "what is wrong with a policy is said with the policy"
+    );
+    lab.write("policies.yaml", &policy("bad", "[{}]"));
+    let (mut events, _) = lab.settle();
+    events.sort();
+    assert_eq!(
+        events,
+        [
+            "+CiliumNetworkPolicy shop/bad valid",
+            "-CiliumNetworkPolicy shop/good",
+            "-NetworkPolicy default/web",
+            "-group office",
+        ]
+    );
 }

@@ -58,19 +58,11 @@ struct Follower {
 impl Follower {
     fn take(&mut self, change: &Change) {
         for record in &change.upserts {
-            self.records.insert(key(record), record.clone());
+            self.records.insert(record.key(), record.clone());
         }
         for key in &change.removes {
             self.records.remove(key);
         }
-    }
-}
-
-fn key(record: &Record) -> RecordKey {
-    match record {
-        Record::Node(node) => RecordKey::Node(node.name.clone()),
-        Record::Identity(number, _) => RecordKey::Identity(*number),
-        Record::Workload(workload) => RecordKey::Workload(workload.ip),
     }
 }
 
@@ -254,7 +246,7 @@ fn history(mode: Mode, prefixes: PrefixSource, steps: &[Step]) {
         let all: BTreeMap<_, _> = index
             .core
             .records()
-            .map(|record| (key(record), record.clone()))
+            .map(|record| (record.key(), record.clone()))
             .collect();
         assert_eq!(follower.records, all, "increments lead to what is published");
         invariants(&index, &mut ever_revoked);
