@@ -15,6 +15,7 @@ pub(crate) async fn adopt(runner: &mut Runner) {
         }
     };
     runner.agent.links_seen(&observed);
+    runner.agent.set_occupied(runner.shared.occupied());
     for (ifindex, entry) in &observed.state.endpoints {
         let present = observed.links.iter().any(|link| link.ifindex == *ifindex);
         if present && runner.agent.endpoints().by_link(*ifindex).is_none() {

@@ -25,6 +25,14 @@ pub(crate) enum Command {
     Encrypt(Encrypt),
     /// State of this node's agent.
     Status(StatusOptions),
+    /// Pods of this node, and what policy enforces on them.
+    Endpoints(StatusOptions),
+    /// Policies of this node's pods and of its host, as they are compiled.
+    Policy(PolicyOptions),
+    /// Tracked flows.
+    Conntrack(ListOptions),
+    /// What policy allowed and dropped last.
+    Events(ListOptions),
 }
 
 /// `mesh-agent encrypt`.
@@ -124,6 +132,59 @@ pub(crate) struct StatusOptions {
     /// The agent's socket.
     #[arg(long, default_value = "/run/warren/agent.sock")]
     pub(crate) socket: PathBuf,
+}
+
+/// `mesh-agent policy`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PolicyOptions {
+    /// `get`, the only thing there is to do.
+    #[arg(value_parser = ["get"], hide = true)]
+    pub(crate) verb: Option<String>,
+    /// Only this endpoint: its number (0 is the host), or NAMESPACE/POD.
+    #[arg(long)]
+    pub(crate) endpoint: Option<Selected>,
+    #[command(flatten)]
+    pub(crate) common: StatusOptions,
+}
+
+/// `mesh-agent conntrack` and `mesh-agent events`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ListOptions {
+    /// Only this endpoint: its number (0 is the host), or NAMESPACE/POD.
+    #[arg(long)]
+    pub(crate) endpoint: Option<Selected>,
+    /// At most so many.
+    #[arg(long, default_value_t = 1000)]
+    pub(crate) limit: u32,
+    #[command(flatten)]
+    pub(crate) common: StatusOptions,
+}
+
+/// An endpoint by number or by pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Selected {
+    /// Its number.
+    Index(u16),
+    /// Namespace and name of the pod.
+    Pod(String, String),
+}
+
+impl std::str::FromStr for Selected {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(index) = text.parse() {
+            return Ok(Self::Index(index));
+        }
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => {
+                Ok(Self::Pod(namespace.into(), name.into()))
+            }
+            _ => Err(format!(
+                "{text:?} is neither the number of an endpoint nor NAMESPACE/POD"
+            )),
+        }
+    }
 }
 
 /// How to print.

@@ -100,6 +100,7 @@ pub(crate) fn identified(
         },
     };
     let held = runner.observed.state.clone();
+    runner.agent.set_occupied(runner.shared.occupied());
     match runner.agent.add_endpoint(endpoint(&attachment, identity), &held) {
         Some(index) => {
             tracing::info!(pod = %attachment.pod, index, %identity, addresses = ?attachment.addresses, "pod added");
@@ -149,13 +150,18 @@ fn without_keyd(runner: &Runner, attachment: &Attachment) -> Result<(), String> 
 /// Answers the ADDs whose pods are programmed, or will not be in time.
 pub(crate) fn settle(runner: &mut Runner) {
     for waiting in std::mem::take(&mut runner.waiting) {
-        if runner.agent.endpoint_ready(waiting.index) {
+        let written = runner.shared.is_written(waiting.index);
+        if runner.agent.endpoint_ready(waiting.index) && written {
             let _ = waiting.reply.send(Response::Done);
         } else if runner.agent.endpoints().get(waiting.index).is_none() {
             let _ = waiting.reply.send(refuse("the pod's device is gone", false));
         } else if Instant::now() >= waiting.deadline {
-            let why = runner.agent.failing().into_iter().next();
-            let why = why.unwrap_or_else(|| "it took too long".into());
+            let failing = runner.shared.report().failing.first().cloned();
+            let why = runner.agent.failing().into_iter().next().or(failing);
+            let why = why.unwrap_or_else(|| match written {
+                true => "it took too long".into(),
+                false => "its identity is not in the directory yet, so that its policy is not known".into(),
+            });
             let _ = waiting
                 .reply
                 .send(refuse(format!("the pod could not be programmed: {why}"), true));
@@ -202,9 +208,16 @@ pub(crate) fn check(runner: &Runner, attachment: &Attachment) -> Response {
             false,
         );
     }
-    match runner.agent.endpoint_ready(index) {
-        true => Response::Done,
-        false => refuse(format!("pod {} is not programmed", attachment.pod), true),
+    match (
+        runner.agent.endpoint_ready(index),
+        runner.shared.is_written(index),
+    ) {
+        (true, true) => Response::Done,
+        (false, _) => refuse(format!("pod {} is not programmed", attachment.pod), true),
+        (true, false) => refuse(
+            format!("the policy of pod {} is not written", attachment.pod),
+            true,
+        ),
     }
 }
 

@@ -8,6 +8,8 @@ mod files;
 mod keyd;
 mod machine;
 mod metrics;
+mod policy;
+mod query;
 mod runner;
 mod server;
 mod status;
@@ -29,5 +31,9 @@ fn main() -> ExitCode {
         cli::Command::Tunnel(options) => tunnel::main(&options),
         cli::Command::Encrypt(cli::Encrypt::Status(options)) => status::encrypt_main(&options),
         cli::Command::Status(options) => status::agent_main(&options),
+        cli::Command::Endpoints(options) => policy::endpoints_main(&options),
+        cli::Command::Policy(options) => policy::policy_main(&options),
+        cli::Command::Conntrack(options) => policy::conntrack_main(&options),
+        cli::Command::Events(options) => policy::events_main(&options),
     }
 }

@@ -17,6 +17,8 @@ use prometheus_client::{
 };
 use warren_agent_api::{AgentStatus, EncryptStatus};
 
+use crate::policy::{Report, Shared};
+
 /// A loop that has not come round for this long is stuck.
 const STUCK: Duration = Duration::from_secs(60);
 
@@ -31,6 +33,7 @@ pub(crate) struct Health {
     beat: AtomicU64,
     ready: AtomicBool,
     last: Mutex<Option<(EncryptStatus, AgentStatus)>>,
+    policy: Option<Shared>,
 }
 
 impl Default for Health {
@@ -40,11 +43,20 @@ impl Default for Health {
             beat: AtomicU64::new(0),
             ready: AtomicBool::new(false),
             last: Mutex::new(None),
+            policy: None,
         }
     }
 }
 
 impl Health {
+    /// With what policy tells about itself.
+    pub(crate) fn new(policy: Shared) -> Self {
+        Self {
+            policy: Some(policy),
+            ..Self::default()
+        }
+    }
+
     /// The loop came round.
     pub(crate) fn beat(&self) {
         let millis = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -114,10 +126,11 @@ async fn metrics(
     )];
     let last = health.last.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let mut text = String::new();
-    match encode(
-        &mut text,
-        &registry(last.as_ref(), health.ready.load(Ordering::Relaxed)),
-    ) {
+    let mut registry = registry(last.as_ref(), health.ready.load(Ordering::Relaxed));
+    if let Some(shared) = &health.policy {
+        policy(&mut registry, &shared.report());
+    }
+    match encode(&mut text, &registry) {
         Ok(()) => (StatusCode::OK, header, text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, header, error.to_string()),
     }
@@ -205,6 +218,92 @@ fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registr
     registry.register("dropped_packets", "Packets dropped, by reason", drops);
     peers(&mut registry, encrypt);
     registry
+}
+
+fn policy(registry: &mut Registry, report: &Report) {
+    gauge(
+        registry,
+        "policy_revision",
+        "Revision of policy that new flows are judged under",
+        report.revision.into(),
+    );
+    gauge(
+        registry,
+        "policies",
+        "Policy objects in force",
+        count(report.policies),
+    );
+    gauge(registry, "policy_rules", "Their statements", count(report.rules));
+    gauge(
+        registry,
+        "policy_endpoints",
+        "Pods whose policy is written; others are closed",
+        count(report.written.len()),
+    );
+    gauge(
+        registry,
+        "policy_failing",
+        "Policies that could not be written and are tried again",
+        count(report.failing.len()),
+    );
+    registry.register(
+        "policy_write_failures",
+        "Policy writes that failed",
+        report.failures.clone(),
+    );
+    registry.register(
+        "policy_drift",
+        "Entries of policy maps found other than they should be",
+        report.drift.clone(),
+    );
+    registry.register_with_unit(
+        "policy_apply",
+        "From a directory that is there to its policy in force",
+        Unit::Seconds,
+        report.latency.clone(),
+    );
+    let verdicts = Family::<Labels, Counter>::default();
+    for ((outcome, direction, reason), packets) in &report.verdicts {
+        let labels = vec![
+            ("outcome", outcome.clone()),
+            ("direction", direction.clone()),
+            ("reason", reason.clone()),
+        ];
+        verdicts.get_or_create(&labels).inc_by(*packets);
+    }
+    registry.register("events", "Packets that events told of", verdicts);
+    let lost = Counter::<u64>::default();
+    lost.inc_by(report.events_lost);
+    registry.register("events_lost", "Events that found no room", lost);
+    let flows = Family::<Labels, Gauge>::default();
+    for (state, number) in [
+        ("established", report.flows.established),
+        ("new", report.flows.new),
+    ] {
+        flows
+            .get_or_create(&vec![("state", state.to_owned())])
+            .set(number.into());
+    }
+    registry.register("flows", "Tracked flows", flows);
+    registry.register(
+        "flows_expired",
+        "Flows that were over and were removed",
+        report.flows_removed.clone(),
+    );
+    maps(registry, report);
+}
+
+/// How full the maps are; named after the programs, whose maps they are.
+fn maps(registry: &mut Registry, report: &Report) {
+    let entries = Family::<Labels, Gauge>::default();
+    let limits = Family::<Labels, Gauge>::default();
+    for usage in &report.usage {
+        let labels = vec![("map", usage.map.to_owned())];
+        entries.get_or_create(&labels).set(usage.entries.into());
+        limits.get_or_create(&labels).set(usage.limit.into());
+    }
+    registry.register("map_entries", "Entries of an eBPF map", entries);
+    registry.register("map_limit", "Most entries of an eBPF map", limits);
 }
 
 fn peers(registry: &mut Registry, encrypt: &EncryptStatus) {

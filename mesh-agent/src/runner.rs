@@ -15,9 +15,9 @@ use tokio::{
     time::Instant,
 };
 use warren_agent_api::{Attachment, Request, Response};
-use warren_agent_core::{Agent, Endpoint, Observed, Settings, Slot};
+use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, Slot, policy::LocalEndpoint};
 use warren_keyd_api::proof;
-use warren_model::{Datapath, IdentityId, PodRef, PublicKey};
+use warren_model::{Datapath, IdentityId, PodRef, PublicKey, policy::NodeFacts};
 use warren_net::Net;
 
 use crate::{
@@ -26,10 +26,11 @@ use crate::{
     cni,
     config::{self, Config},
     files::{SavedEndpoints, StateDir, make_private_dir},
-    keyd::{self, FromKeyd, OwnKey, Refused, ToKeyd},
+    keyd::{self, Contents, FromKeyd, OwnKey, Received, Refused, ToKeyd},
     machine::Machine,
     metrics::{self, Health},
-    server, status, tunnel,
+    policy::{Enforcer, Shared, ToEnforcer},
+    query, server, status, tunnel,
 };
 
 /// How often the state is reported to `keyd`.
@@ -38,6 +39,8 @@ const STATUS_INTERVAL: Duration = Duration::from_secs(5);
 const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often somebody else's FORWARD chains are looked at.
 const FORWARD_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the node's state waits for the policies of its pods.
+const POLICY_TIME: Duration = Duration::from_secs(5);
 /// How long the end of a pod is told again to a `keyd` that was connected anew.
 const REPORT_AGAIN: Duration = Duration::from_secs(15);
 
@@ -45,7 +48,11 @@ const REPORT_AGAIN: Duration = Duration::from_secs(15);
 pub(crate) enum Input {
     /// From the client.
     Keyd(FromKeyd),
-    /// From the local socket.
+    /// A directory whose policy is in force.
+    Directory(Received),
+    /// Policies were tried again.
+    Policy,
+    /// From the local socket, or from an operator by way of `keyd`.
     Local(Request, oneshot::Sender<Response>),
     /// `keyd`'s answer about a pod that is being added.
     Identity(
@@ -76,6 +83,8 @@ pub(crate) struct Runner {
     pub(crate) state: StateDir,
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
     pub(crate) to_keyd: mpsc::UnboundedSender<ToKeyd>,
+    pub(crate) enforcer: std::sync::mpsc::Sender<ToEnforcer>,
+    pub(crate) shared: Shared,
     pub(crate) health: Arc<Health>,
     /// Where `keyd` is connected.
     pub(crate) connected: Option<String>,
@@ -97,6 +106,10 @@ pub(crate) struct Runner {
     pub(crate) peers_since: BTreeMap<PublicKey, Duration>,
     /// The version that `keyd` was told to be in force.
     acknowledged: Option<(u64, u64)>,
+    /// The endpoints that policy was told of.
+    told_endpoints: Option<BTreeMap<u16, LocalEndpoint>>,
+    /// The version whose identities policy was told to be in the maps.
+    settled: Option<(u64, u64)>,
     saved: SavedEndpoints,
     /// The drivers could not be read: when to try again.
     observe_fault: Option<String>,
@@ -147,6 +160,15 @@ async fn run(config: Config) -> Result<()> {
     let (to_keyd, commands) = mpsc::unbounded_channel();
     let (from_keyd, keyd_events) = mpsc::unbounded_channel();
     let directory = keyd::snapshot_root(&config, &state).and_then(|root| state.load_snapshot(root));
+    let shared = Shared::new(machine.programs());
+    let defaults = NodeFacts {
+        closed_to_host: !config.cluster.host_reaches_pods,
+        audit: config.cluster.policy_audit,
+        ..NodeFacts::default()
+    };
+    let mut enforcer = Enforcer::new(shared.clone(), config.node.clone(), defaults)
+        .context("the policy maps cannot be read")?;
+    let (to_enforcer, messages) = std::sync::mpsc::channel();
     let mut runner = Runner::new(
         config.clone(),
         settings,
@@ -154,18 +176,23 @@ async fn run(config: Config) -> Result<()> {
         state.clone(),
         inputs.clone(),
         to_keyd,
+        (to_enforcer.clone(), shared.clone()),
     );
+    let mut contents = Contents::default();
     if let Some(directory) = &directory {
-        let (contents, unreadable) = keyd::contents(directory);
-        tracing::info!(
-            epoch = contents.epoch,
-            version = contents.version,
-            "last good snapshot loaded"
-        );
-        runner.unreadable = unreadable;
-        runner.expires_unix_ms = directory.manifest().map(|manifest| manifest.expires_unix_ms);
-        runner.agent.set_directory(contents);
+        let received = contents.whole(directory);
+        let (epoch, version) = directory.position();
+        tracing::info!(epoch, version, "last good snapshot loaded");
+        enforcer.directory(&received);
+        runner.directory(received);
     }
+    let to_runner = inputs.clone();
+    std::thread::Builder::new()
+        .name("policy".into())
+        .spawn(move || enforcer.run(&messages, &to_runner))
+        .context("no thread for policy")?;
+    runner.machine.attach_host();
+    shared.watch(config.options.flows_per_pod)?;
     adopt::adopt(&mut runner).await;
     // Nothing else before the node is covered.
     runner.reconcile().await;
@@ -181,6 +208,9 @@ async fn run(config: Config) -> Result<()> {
         keys,
         datapath,
         directory,
+        contents,
+        changes: to_enforcer,
+        inputs: inputs.clone(),
         resync: false,
         events: from_keyd,
         commands,
@@ -233,6 +263,7 @@ impl Runner {
         state: StateDir,
         inputs: mpsc::UnboundedSender<Input>,
         to_keyd: mpsc::UnboundedSender<ToKeyd>,
+        (enforcer, shared): (std::sync::mpsc::Sender<ToEnforcer>, Shared),
     ) -> Self {
         let saved = state.load_endpoints();
         let mut agent = Agent::new(settings);
@@ -249,7 +280,9 @@ impl Runner {
             state,
             inputs,
             to_keyd,
-            health: Arc::new(Health::default()),
+            health: Arc::new(Health::new(shared.clone())),
+            enforcer,
+            shared,
             connected: None,
             keyd_fault: None,
             unreadable: Vec::new(),
@@ -261,6 +294,8 @@ impl Runner {
             observed: Observed::default(),
             peers_since: BTreeMap::new(),
             acknowledged: None,
+            told_endpoints: None,
+            settled: None,
             saved,
             observe_fault: None,
             dirty: true,
@@ -292,6 +327,7 @@ impl Runner {
                 _ = report.tick() => self.report().await,
                 _ = compare.tick() => {
                     self.machine.look_closely();
+                    self.machine.attach_host();
                     self.dirty = true;
                 }
                 _ = forward.tick() => self.machine.allow_forward().await,
@@ -332,6 +368,8 @@ impl Runner {
                 self.dirty = true;
             }
             Input::Keyd(event) => self.keyd_event(event),
+            Input::Directory(received) => self.directory(received),
+            Input::Policy => self.settle(),
             Input::Local(request, reply) => self.local(request, reply).await,
             Input::Identity(attachment, result, reply) => cni::identified(self, *attachment, result, reply),
             Input::Reported(pod, result) => self.reported(pod, result),
@@ -358,16 +396,6 @@ impl Runner {
                 }
                 self.keyd_fault = Some(reason);
             }
-            FromKeyd::Directory {
-                contents,
-                unreadable,
-                expires_unix_ms,
-            } => {
-                self.unreadable = unreadable;
-                self.expires_unix_ms = Some(expires_unix_ms);
-                self.agent.set_directory(*contents);
-                self.dirty = true;
-            }
             FromKeyd::Key {
                 slot,
                 refusal: Some(reason),
@@ -380,6 +408,18 @@ impl Runner {
         }
     }
 
+    /// A directory whose policy is in force. One that is about policy alone leaves the node as it is.
+    fn directory(&mut self, received: Received) {
+        self.unreadable = received.unreadable;
+        self.expires_unix_ms = Some(received.expires_unix_ms);
+        self.agent.change_directory(&received.change);
+        if received.change.concerns_mesh() {
+            self.dirty = true;
+        } else {
+            self.settle();
+        }
+    }
+
     async fn local(&mut self, request: Request, reply: oneshot::Sender<Response>) {
         let response = match request {
             Request::CniAdd(attachment) => return cni::add(self, attachment, reply).await,
@@ -389,14 +429,11 @@ impl Runner {
             Request::CniStatus => cni::status(self),
             Request::EncryptStatus => Response::EncryptStatus(Box::new(status::encrypt(self).await)),
             Request::Status => Response::Status(Box::new(status::agent(self))),
-            Request::Endpoints
-            | Request::Policy { .. }
-            | Request::PolicyTrace(_)
-            | Request::Conntrack { .. }
-            | Request::PolicyEvents { .. } => Response::Error {
-                message: "this agent does not enforce policy yet".into(),
-                retry: false,
-            },
+            Request::Endpoints => return query::policies(self, None, false, reply),
+            Request::Policy { endpoint } => return query::policies(self, endpoint, true, reply),
+            Request::PolicyTrace(request) => return query::trace(self, &request, reply),
+            Request::Conntrack { endpoint, limit } => return query::conntrack(self, endpoint, limit, reply),
+            Request::PolicyEvents { limit } => query::events(self, limit),
         };
         let _ = reply.send(response);
     }
@@ -422,21 +459,52 @@ impl Runner {
         }
         let started = self.started;
         let steps = self.agent.plan(&self.observed, self.now());
+        // Policy first: a pod is closed until then, and one with a new identity keeps what both allow.
+        self.tell_policy().await;
         if !steps.is_empty() {
             tracing::debug!(steps = steps.len(), "executing a plan");
             self.machine
                 .execute(&mut self.agent, &steps, move || started.elapsed())
                 .await;
+            if steps.iter().any(Action::changes_identity) {
+                let _ = self.enforcer.send(ToEnforcer::Moved);
+            }
         }
         self.save_endpoints();
         self.settle();
         self.health.set_ready(self.not_ready().is_none());
     }
 
+    /// Tells policy of the endpoints where these changed, and waits until theirs are written.
+    async fn tell_policy(&mut self) {
+        let endpoints = self.agent.local_endpoints();
+        if self.told_endpoints.as_ref() == Some(&endpoints) {
+            return;
+        }
+        let (done, written) = oneshot::channel();
+        if self
+            .enforcer
+            .send(ToEnforcer::Endpoints(endpoints.clone(), done))
+            .is_ok()
+        {
+            self.told_endpoints = Some(endpoints);
+            if tokio::time::timeout(POLICY_TIME, written).await.is_err() {
+                tracing::warn!("policies take long to be written: going on meanwhile");
+            }
+        }
+    }
+
     /// Answers what waited for the plan: CNI ADDs, and `keyd` for its acknowledgement.
     fn settle(&mut self) {
         cni::settle(self);
         let version = self.agent.directory_version();
+        if version != self.settled
+            && self.agent.identities_settled()
+            && let Some(position) = version
+        {
+            let _ = self.enforcer.send(ToEnforcer::Settled(position));
+            self.settled = version;
+        }
         if self.connected.is_some()
             && self.agent.mapping_settled()
             && version != self.acknowledged

@@ -155,7 +155,8 @@ fn exemptions(runner: &Runner) -> Vec<String> {
 
 /// State of the agent.
 pub(crate) fn agent(runner: &Runner) -> AgentStatus {
-    let failing = runner.agent.failing();
+    let mut failing = runner.agent.failing();
+    failing.extend(runner.shared.report().faults());
     let mut problems = runner.agent.problems().to_vec();
     problems.extend(runner.unreadable.iter().cloned());
     problems.extend(
@@ -171,6 +172,7 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
             .map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")),
     );
     problems.extend(expired(runner));
+    problems.extend(runner.machine.host_fault().cloned());
     if let Some(fault) = &runner.keyd_fault {
         problems.push(format!("no session with keyd: {fault}"));
     }
@@ -217,7 +219,7 @@ fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
             identity: desired
                 .get(&endpoint.ifindex)
                 .map_or(endpoint.identity, |entry| entry.identity),
-            ready: runner.agent.endpoint_ready(index),
+            ready: runner.agent.endpoint_ready(index) && runner.shared.is_written(index),
         }
     };
     runner.agent.endpoints().iter().map(status).collect()
@@ -313,7 +315,7 @@ pub(crate) fn agent_main(options: &StatusOptions) -> ExitCode {
     }
 }
 
-fn unexpected(response: Result<Response, warren_agent_api::ClientError>) -> ExitCode {
+pub(crate) fn unexpected(response: Result<Response, warren_agent_api::ClientError>) -> ExitCode {
     match response {
         Ok(Response::Error { message, .. }) => eprintln!("mesh-agent: {message}"),
         Ok(_) => eprintln!("mesh-agent: the agent answered something else: is it of another version?"),

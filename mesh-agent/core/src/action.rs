@@ -182,6 +182,14 @@ impl Action {
         )
     }
 
+    /// Whether it changes who an address or an endpoint is.
+    pub fn changes_identity(&self) -> bool {
+        matches!(
+            self,
+            Self::SetOwner(..) | Self::RemoveOwner(_) | Self::SetEndpoint(..) | Self::RemoveEndpoint(_)
+        )
+    }
+
     /// What the step is about: steps with the same subject share their retries.
     pub fn subject(&self) -> String {
         self.to_string()

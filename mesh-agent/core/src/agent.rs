@@ -14,11 +14,13 @@ use warren_model::{
 use crate::{
     action::{Action, Gate},
     desired::{Inputs, desired},
+    directory::{Change, Directory},
     endpoint::{Endpoint, EndpointKey, Endpoints},
     index::NodeIndexes,
     plan::plan,
+    policy::LocalEndpoint,
     retry::Retries,
-    state::{Directory, Observed, Slot, State},
+    state::{Observed, Slot, State},
 };
 
 /// What does not change while an agent runs.
@@ -78,8 +80,16 @@ impl Agent {
     /// The directory changed: this is all of it. The rules are applied here once more, `keyd`'s word is not
     /// enough.
     pub fn set_directory(&mut self, directory: Directory) {
-        let checked = directory::check(&self.settings.config, &directory.nodes);
+        let checked = directory::check(&self.settings.config, directory.nodes.values());
         self.directory = Some((directory, checked));
+    }
+
+    /// The directory changed, by so much; the first change has to be a whole directory.
+    pub fn change_directory(&mut self, change: &Change) {
+        let (directory, checked) = self.directory.get_or_insert_default();
+        if directory.apply(change) {
+            *checked = directory::check(&self.settings.config, directory.nodes.values());
+        }
     }
 
     /// The directory's epoch and version; `None` until one is known.
@@ -97,6 +107,30 @@ impl Agent {
     /// A pod came (CNI ADD), or was found. Returns its index, `None` when all are in use.
     pub fn add_endpoint(&mut self, endpoint: Endpoint, held: &State) -> Option<u16> {
         self.endpoints.add(endpoint, &held.endpoints)
+    }
+
+    /// Indexes that policy maps may hold something of: no new pod gets them.
+    pub fn set_occupied(&mut self, occupied: BTreeSet<u16>) {
+        self.endpoints.set_occupied(occupied);
+    }
+
+    /// The local pods as policy has to know them, as of the last plan.
+    pub fn local_endpoints(&self) -> BTreeMap<u16, LocalEndpoint> {
+        let local = |(index, endpoint): (u16, &Endpoint)| {
+            let entry = self.desired.endpoints.get(&endpoint.ifindex)?;
+            let record = entry
+                .addresses
+                .iter()
+                .filter_map(|address| self.workload(*address))
+                .find(|workload| workload.node == self.settings.node && workload.identity == entry.identity);
+            let local = LocalEndpoint {
+                pod: endpoint.pod.as_ref().map(|pod| pod.uid.clone()),
+                identity: entry.identity,
+                audit: record.is_some_and(|workload| workload.policy_audit),
+            };
+            Some((index, local))
+        };
+        self.endpoints.iter().filter_map(local).collect()
     }
 
     /// Forgets a pod that could not be set up.
@@ -154,15 +188,14 @@ impl Agent {
 
     /// The labels of an identity.
     pub fn labels(&self, identity: IdentityId) -> Option<&Labels> {
-        self.directory
-            .as_ref()
-            .and_then(|(directory, _)| directory.identities.get(&identity))
+        let (directory, _) = self.directory.as_ref()?;
+        directory.identities.get(&identity).map(AsRef::as_ref)
     }
 
     /// The directory's record of a pod's address.
     pub fn workload(&self, address: std::net::IpAddr) -> Option<&warren_model::WorkloadRecord> {
         let (directory, _) = self.directory.as_ref()?;
-        directory.workloads.iter().find(|workload| workload.ip == address)
+        directory.workloads.get(&address)
     }
 
     /// The steps that are due at `now` (any clock that only goes forward). Steps that failed and wait for
@@ -218,7 +251,7 @@ impl Agent {
             directory: self
                 .directory
                 .as_ref()
-                .map(|(d, checked)| (checked, d.workloads.as_slice())),
+                .map(|(directory, checked)| (directory, checked)),
             endpoints: &self.endpoints,
             indexes: &self.indexes,
             given: &self.given,
@@ -296,6 +329,11 @@ impl Agent {
     /// mapping of before.
     pub fn mapping_settled(&self) -> bool {
         !self.open.values().any(Action::changes_mapping)
+    }
+
+    /// Whether owners and endpoints have the identities that the directory gives them.
+    pub fn identities_settled(&self) -> bool {
+        !self.open.values().any(Action::changes_identity)
     }
 
     /// Whether a local pod is programmed, so that its traffic may flow.

@@ -11,6 +11,7 @@ use warren_model::{
 };
 
 use crate::{
+    directory::Directory,
     endpoint::Endpoints,
     index::NodeIndexes,
     state::{
@@ -50,7 +51,7 @@ pub(crate) struct Inputs<'a> {
     pub(crate) node: &'a NodeName,
     pub(crate) slots: &'a [Slot],
     /// The directory after its rules were applied; `None` until one is known.
-    pub(crate) directory: Option<(&'a Checked, &'a [WorkloadRecord])>,
+    pub(crate) directory: Option<(&'a Directory, &'a Checked)>,
     pub(crate) endpoints: &'a Endpoints,
     pub(crate) indexes: &'a NodeIndexes,
     /// The endpoints that devices were given, by slot and peer.
@@ -99,7 +100,7 @@ impl<'a> Owners<'a> {
             workloads: HashMap::new(),
             lengths: Default::default(),
         };
-        let Some((checked, workloads)) = inputs.directory else {
+        let Some((directory, checked)) = inputs.directory else {
             return owners;
         };
         let mut lengths = [BTreeSet::new(), BTreeSet::new()];
@@ -109,10 +110,14 @@ impl<'a> Owners<'a> {
                 continue;
             };
             let own = node.name == *inputs.node;
-            let host = if own {
-                IdentityId::HOST
-            } else {
-                IdentityId::REMOTE_NODE
+            let apiserver = directory
+                .facts
+                .get(&node.name)
+                .is_some_and(|facts| facts.runs_apiserver);
+            let host = match (own, apiserver) {
+                (true, _) => IdentityId::HOST,
+                (false, true) => IdentityId::KUBE_APISERVER,
+                (false, false) => IdentityId::REMOTE_NODE,
             };
             let addresses = node
                 .addresses
@@ -136,7 +141,7 @@ impl<'a> Owners<'a> {
             }
         }
         owners.lengths = lengths.map(|set| set.into_iter().rev().collect());
-        for workload in workloads {
+        for workload in directory.workloads.values() {
             match owners.node_of(workload.ip) {
                 Some(node) if *node == workload.node => {
                     let Some(index) = inputs.index(node) else { continue };
@@ -175,7 +180,7 @@ impl<'a> Owners<'a> {
 impl Inputs<'_> {
     fn own_record(&self) -> Option<&NodeRecord> {
         self.directory
-            .and_then(|(checked, _)| checked.nodes.get(self.node))
+            .and_then(|(_, checked)| checked.nodes.get(self.node))
     }
 
     /// The number of a node; 0 is this one.
@@ -190,7 +195,7 @@ impl Inputs<'_> {
     fn nodes(&self) -> impl Iterator<Item = &NodeRecord> {
         self.directory
             .into_iter()
-            .flat_map(|(checked, _)| checked.nodes.values())
+            .flat_map(|(_, checked)| checked.nodes.values())
     }
 
     fn remote_nodes(&self) -> impl Iterator<Item = &NodeRecord> {

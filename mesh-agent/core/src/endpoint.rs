@@ -52,6 +52,9 @@ pub struct Endpoints {
     entries: BTreeMap<u16, Endpoint>,
     /// Order of arrival: the newest endpoint has an address that two of them claim.
     order: Vec<u16>,
+    /// Indexes that policy maps may hold something of: not to be given away.
+    #[serde(skip)]
+    occupied: BTreeSet<u16>,
 }
 
 impl Endpoints {
@@ -68,7 +71,8 @@ impl Endpoints {
             .map(|(index, _)| *index);
         let adopted = || held.get(&endpoint.ifindex).map(|entry| entry.index);
         let used: BTreeSet<u16> = held.values().map(|entry| entry.index).collect();
-        let free = || (1..=LAST_INDEX).find(|i| !self.entries.contains_key(i) && !used.contains(i));
+        let taken = |i: &u16| self.entries.contains_key(i) || used.contains(i) || self.occupied.contains(i);
+        let free = || (1..=LAST_INDEX).find(|index| !taken(index));
         let index = known
             .or_else(|| adopted().filter(|index| !self.entries.contains_key(index)))
             .or_else(free)?;
@@ -76,6 +80,11 @@ impl Endpoints {
         self.order.retain(|i| *i != index);
         self.order.push(index);
         Some(index)
+    }
+
+    /// Policy maps may hold something of these indexes: no other pod may have them until they do not.
+    pub fn set_occupied(&mut self, occupied: BTreeSet<u16>) {
+        self.occupied = occupied;
     }
 
     /// CNI DEL: marks the endpoint; returns it where there is one that was not deleted before.
@@ -217,6 +226,25 @@ mod tests {
         assert_eq!(endpoints.add(endpoint("a", 10, "10.244.1.5"), &held), Some(9));
         assert_eq!(endpoints.add(endpoint("b", 11, "10.244.1.6"), &held), Some(2));
         assert_eq!(endpoints.len(), 2);
+    }
+
+    #[test]
+    fn an_index_that_policy_maps_still_hold_is_not_given_away() {
+        let mut endpoints = Endpoints::default();
+        endpoints.set_occupied([1, 2].into());
+        assert_eq!(
+            endpoints.add(endpoint("a", 10, "10.244.1.5"), &BTreeMap::new()),
+            Some(3)
+        );
+        endpoints.set_occupied([2].into());
+        assert_eq!(
+            endpoints.add(endpoint("b", 11, "10.244.1.6"), &BTreeMap::new()),
+            Some(1)
+        );
+        assert_eq!(
+            endpoints.add(endpoint("a", 10, "10.244.1.5"), &BTreeMap::new()),
+            Some(3)
+        );
     }
 
     #[test]

@@ -12,6 +12,7 @@
 mod action;
 mod agent;
 mod desired;
+mod directory;
 mod endpoint;
 mod index;
 mod plan;
@@ -24,12 +25,13 @@ mod verify;
 pub use action::{Action, Gate};
 pub use agent::{Agent, Settings};
 pub use desired::{TUNNEL_PREFIX, slot_address, slot_device};
+pub use directory::{Change, Directory, Entry, EntryKey};
 pub use endpoint::{Endpoint, EndpointKey, Endpoints};
 pub use index::NodeIndexes;
 pub use plan::plan;
 pub use retry::{Failure, Retries};
 pub use state::{
-    Device, Directory, EndpointEntry, Firewall, Link, LinkKind, NodePath, Observed, Owner, Peer, Programs,
-    Route, RouteKey, Rule, Slot, State, Table, WireGuard, metric,
+    Device, EndpointEntry, Firewall, Link, LinkKind, NodePath, Observed, Owner, Peer, Programs, Route,
+    RouteKey, Rule, Slot, State, Table, WireGuard, metric,
 };
 pub use verify::mismatches;

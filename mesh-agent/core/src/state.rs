@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use warren_model::{IdentityId, Labels, NodeRecord, PublicKey, WorkloadRecord};
+use warren_model::{IdentityId, PublicKey};
 
 /// Everything on this node that the agent owns.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -249,21 +249,6 @@ pub struct Slot {
     pub generation: u64,
     /// Its public key.
     pub public_key: PublicKey,
-}
-
-/// The directory as `keyd` published it and as its signature and digest proved it.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Directory {
-    /// Epoch of the manifest.
-    pub epoch: u64,
-    /// Version within the epoch.
-    pub version: u64,
-    /// Nodes, in the order of ownership.
-    pub nodes: Vec<NodeRecord>,
-    /// Labels of identities.
-    pub identities: BTreeMap<IdentityId, Labels>,
-    /// Pods.
-    pub workloads: Vec<WorkloadRecord>,
 }
 
 /// A handshake that is older than this proves nothing any more (WireGuard's reject-after time).

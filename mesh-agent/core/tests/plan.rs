@@ -333,11 +333,13 @@ fn identities_come_from_the_directory_only_for_pods_on_the_node_that_owns_their_
         policy_audit: false,
     };
     let mut contents = directory(1, vec![node(1), node(2)]);
-    contents.workloads = vec![
+    contents.workloads = [
         record("10.244.2.5", "node2", "x", 300),
         record("10.244.2.6", "node3", "liar", 301),
         record("10.244.1.10", "node1", "a", 302),
-    ];
+    ]
+    .map(|workload| (workload.ip, workload))
+    .into();
     agent.set_directory(contents);
     let mut observed = bare();
     observed.links.push(link(10, "veth10", LinkKind::Veth, &[]));

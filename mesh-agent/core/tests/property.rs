@@ -94,6 +94,7 @@ fn happen(
                     },
                     policy_audit: false,
                 })
+                .map(|workload| (workload.ip, workload))
                 .collect();
             *last = Some(contents.clone());
             agent.set_directory(contents);

@@ -2,6 +2,7 @@
 //!
 //! Nothing here is needed for traffic to flow: with `keyd` gone, everything stays as it is.
 
+mod contents;
 mod session;
 mod trust;
 
@@ -11,12 +12,13 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot};
-use warren_agent_core::{Directory as Contents, Endpoint, Slot};
-use warren_keyd_api::{convert::Record, proto, snapshot::Directory};
+use warren_agent_core::{Endpoint, Slot};
+use warren_keyd_api::{proto, snapshot::Directory};
 use warren_model::{Datapath, IdentityId, PrivateKey};
 
-use crate::{config::Config, files::StateDir};
+use crate::{config::Config, files::StateDir, policy::ToEnforcer, runner::Input};
 
+pub(crate) use contents::{Contents, Received};
 pub(crate) use trust::snapshot_root;
 
 /// The first pause between attempts to connect.
@@ -53,12 +55,6 @@ pub(crate) enum FromKeyd {
     Connected { address: String },
     /// There is no session.
     Disconnected { reason: String },
-    /// A new directory, verified; what of it cannot be read, a sentence each.
-    Directory {
-        contents: Box<Contents>,
-        unreadable: Vec<String>,
-        expires_unix_ms: i64,
-    },
     /// `keyd`'s verdict on a key of this node; `None` is good.
     Key { slot: u8, refusal: Option<String> },
 }
@@ -78,6 +74,12 @@ pub(crate) struct Client {
     pub(crate) datapath: Datapath,
     /// The verified copy, from disk at first; `None` until the snapshot root is known.
     pub(crate) directory: Option<Directory>,
+    /// What of it cannot be read.
+    pub(crate) contents: Contents,
+    /// Where an operator's questions go.
+    pub(crate) inputs: mpsc::UnboundedSender<Input>,
+    /// Where changes of the directory go first.
+    pub(crate) changes: std::sync::mpsc::Sender<ToEnforcer>,
     /// The next session asks for all of the directory, not for what is new.
     pub(crate) resync: bool,
     pub(crate) events: mpsc::UnboundedSender<FromKeyd>,
@@ -206,27 +208,4 @@ fn answer_absent(command: ToKeyd) {
 fn jitter() -> f64 {
     let random = RandomState::new().build_hasher().finish();
     0.5 + (random % 1000) as f64 / 1000.0
-}
-
-/// The directory in the core's words, and what of it cannot be read.
-pub(crate) fn contents(directory: &Directory) -> (Contents, Vec<String>) {
-    let (epoch, version) = directory.position();
-    let mut contents = Contents {
-        epoch,
-        version,
-        ..Contents::default()
-    };
-    let mut unreadable = Vec::new();
-    for record in directory.records() {
-        match record {
-            Ok(Record::Node(node)) => contents.nodes.push(node),
-            Ok(Record::Identity(number, labels)) => {
-                contents.identities.insert(number, labels);
-            }
-            Ok(Record::Workload(workload)) => contents.workloads.push(workload),
-            Ok(Record::Selector(..) | Record::Members(..) | Record::Policy(..) | Record::NodeFacts(..)) => {}
-            Err(error) => unreadable.push(format!("directory: {error}")),
-        }
-    }
-    (contents, unreadable)
 }

@@ -14,7 +14,8 @@ use warren_keyd_api::{
 use warren_model::{IdentityId, NodeUid};
 use zeroize::Zeroizing;
 
-use super::{Client, End, FromKeyd, Refused, ToKeyd, contents, trust::Material};
+use super::{Client, End, FromKeyd, Refused, ToKeyd, trust::Material};
+use crate::policy::ToEnforcer;
 
 /// How long `keyd` may take to welcome us.
 const WELCOME_TIME: Duration = Duration::from_secs(10);
@@ -221,7 +222,7 @@ impl Client {
                     let _ = reply.send(answer);
                 }
             }
-            Hear::Question(_) => {}
+            Hear::Question(question) => self.question(session, question),
             Hear::Redirect(redirect) => {
                 super::trust::remember_addresses(&self.state, &redirect.addresses);
                 return Ok(Some(End::Redirect(redirect.addresses)));
@@ -234,6 +235,24 @@ impl Client {
             }
         }
         Ok(None)
+    }
+
+    /// Answers an operator's question by the way of the local socket, when the answer is there.
+    fn question(&self, session: &Session, question: proto::Question) {
+        let (inputs, say) = (self.inputs.clone(), session.say.clone());
+        tokio::spawn(async move {
+            let answer = crate::query::answer(&inputs, &question.request_json).await;
+            let (response_json, error) = match answer {
+                Ok(json) => (json, String::new()),
+                Err(error) => (String::new(), error),
+            };
+            let body = Some(Say::Answer(proto::Answer {
+                id: question.id,
+                response_json,
+                error,
+            }));
+            let _ = say.send(proto::AgentMessage { body }).await;
+        });
     }
 
     fn prove(&self, session: &Session, challenge: &proto::KeyChallenge) -> Result<(), String> {
@@ -281,16 +300,8 @@ impl Client {
                 );
                 session.unsaved = true;
                 self.resync = false;
-                let expires_unix_ms = directory
-                    .manifest()
-                    .map_or(0, |manifest| manifest.expires_unix_ms);
-                let (contents, unreadable) = contents(directory);
-                let contents = Box::new(contents);
-                let _ = self.events.send(FromKeyd::Directory {
-                    contents,
-                    unreadable,
-                    expires_unix_ms,
-                });
+                let received = self.contents.change(directory, change);
+                let _ = self.changes.send(ToEnforcer::Directory(received));
             }
             Err(error) => {
                 tracing::error!(%error, "an update of the directory is refused; the one before stays in force");

@@ -282,26 +282,30 @@ impl Machine {
     fn program_step(&mut self, step: &Action) -> Result<(), String> {
         let result = match step {
             Action::Attach(ifindex, programs) => return self.attach(*ifindex, *programs),
-            Action::Detach(ifindex) => self.programs.detach(*ifindex),
-            Action::AttachTunnel(slot) => self
-                .programs
-                .attach(self.device(*slot)?, Role::Tunnel { slot: *slot }),
-            Action::SetNodeAddress(address, own) => self.programs.set_node_address(*address, *own),
-            Action::RemoveNodeAddress(address) => self.programs.remove_node_address(*address),
-            Action::SetOwner(prefix, owner) => self.programs.set_owner(*prefix, convert::owner_to(owner)),
-            Action::RemoveOwner(prefix) => self.programs.remove_owner(*prefix),
+            Action::Detach(ifindex) => self.programs.lock().detach(*ifindex),
+            Action::AttachTunnel(slot) => {
+                let device = self.device(*slot)?;
+                self.programs.lock().attach(device, Role::Tunnel { slot: *slot })
+            }
+            Action::SetNodeAddress(address, own) => self.programs.lock().set_node_address(*address, *own),
+            Action::RemoveNodeAddress(address) => self.programs.lock().remove_node_address(*address),
+            Action::SetOwner(prefix, owner) => {
+                self.programs.lock().set_owner(*prefix, convert::owner_to(owner))
+            }
+            Action::RemoveOwner(prefix) => self.programs.lock().remove_owner(*prefix),
             Action::SetPath(node, path) => {
                 let path = warren_bpf::Path {
                     ifindex: self.device(path.slot)?,
                     receive_slots: path.receive,
                 };
-                self.programs.set_path(*node, path)
+                self.programs.lock().set_path(*node, path)
             }
-            Action::RemovePath(node) => self.programs.remove_path(*node),
-            Action::SetEndpoint(ifindex, entry) => {
-                self.programs.set_endpoint(&convert::endpoint_to(*ifindex, entry))
-            }
-            Action::RemoveEndpoint(ifindex) => self.programs.remove_endpoint(*ifindex),
+            Action::RemovePath(node) => self.programs.lock().remove_path(*node),
+            Action::SetEndpoint(ifindex, entry) => self
+                .programs
+                .lock()
+                .set_endpoint(&convert::endpoint_to(*ifindex, entry)),
+            Action::RemoveEndpoint(ifindex) => self.programs.lock().remove_endpoint(*ifindex),
             other => return Err(format!("{other} is not about programs")),
         };
         result.map_err(|error| error.to_string())
@@ -313,7 +317,8 @@ impl Machine {
             Programs::Barrier => Role::Barrier,
             Programs::Broken => return Err("nobody wants broken programs".into()),
         };
-        match self.programs.attach(ifindex, role) {
+        let attached = self.programs.lock().attach(ifindex, role);
+        match attached {
             Ok(()) => Ok(()),
             // The device went while the plan was on its way: the next plan knows.
             Err(warren_bpf::Error::NoDevice(_)) if role == Role::Barrier => Ok(()),

@@ -3,6 +3,7 @@
 mod convert;
 mod execute;
 mod observe;
+mod policy;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +11,16 @@ use anyhow::{Context as _, Result};
 use tokio::time::Instant;
 use warren_abi::MarkCodec;
 use warren_agent_core::{Firewall, Settings};
-use warren_bpf::Datapath as Programs;
 use warren_model::{Datapath, PrivateKey};
 use warren_net::Net;
 use warren_wireguard::{DeviceChange, DeviceError, DeviceState, Kernel, Userspace, WgDevice};
 
-use crate::cli::RunOptions;
+use crate::{cli::RunOptions, policy::node_cgroup};
+
+pub(crate) use policy::{
+    Programs, direction_from as policy_direction, judge as judge_policy, maps as policy_maps,
+    write as write_policy,
+};
 
 /// How often things are looked at that send no event.
 const SLOW_CHECK: std::time::Duration = std::time::Duration::from_secs(10);
@@ -24,6 +29,10 @@ const SLOW_CHECK: std::time::Duration = std::time::Duration::from_secs(10);
 pub(crate) struct Machine {
     net: Net,
     programs: Programs,
+    /// Where the host's sockets are judged, or why nowhere.
+    cgroup: Result<std::path::PathBuf, String>,
+    /// Why the host's sockets are not judged.
+    host_fault: Option<String>,
     wireguard: WireGuard,
     keys: BTreeMap<u8, PrivateKey>,
     codec: MarkCodec,
@@ -73,7 +82,7 @@ impl Machine {
         options: &RunOptions,
     ) -> Result<Self> {
         let config = &settings.config;
-        let programs = Programs::open(&warren_bpf::Config {
+        let programs = warren_bpf::Datapath::open(&warren_bpf::Config {
             pin_dir: options.bpffs.clone(),
             mark_mask: config.mark_mask,
             pod_pools: config.pod_pools.clone(),
@@ -92,7 +101,9 @@ impl Machine {
         };
         Ok(Self {
             net,
-            programs,
+            programs: Programs::new(programs),
+            cgroup: node_cgroup(options.cgroup.as_deref()),
+            host_fault: None,
             wireguard,
             keys,
             codec: MarkCodec::new(config.mark_mask).context("markMask has fewer than 13 bits")?,
@@ -117,10 +128,42 @@ impl Machine {
         &self.faults
     }
 
+    /// The programs and maps.
+    pub(crate) fn programs(&self) -> Programs {
+        self.programs.clone()
+    }
+
+    /// Sees to it that what reaches sockets of the host is judged.
+    pub(crate) fn attach_host(&mut self) {
+        let result = self.cgroup.clone().and_then(|cgroup| {
+            let mut programs = self.programs.lock();
+            match programs.host_attached(&cgroup) {
+                Ok(true) => Ok(()),
+                Ok(false) | Err(_) => programs.attach_host(&cgroup).map_err(|error| error.to_string()),
+            }
+        });
+        let fault = result.err().map(|error| {
+            format!(
+                "connections to this node's own sockets are not judged (neither by host policies, nor by the egress \
+                 policies of its pods): {error}"
+            )
+        });
+        if let Some(fault) = fault.as_ref().filter(|_| self.host_fault.is_none()) {
+            tracing::error!(%fault, "policy is not complete");
+        }
+        self.host_fault = fault;
+    }
+
+    /// Why what reaches the host's sockets is not judged; `None` where it is.
+    pub(crate) fn host_fault(&self) -> Option<&String> {
+        self.host_fault.as_ref()
+    }
+
     /// Dropped packets by reason: the programs', the stack's, the packet filter's and the engine's.
     pub(crate) async fn drops(&self) -> BTreeMap<String, u64> {
         let mut drops: BTreeMap<String, u64> = BTreeMap::new();
-        match self.programs.drops() {
+        let counts = self.programs.lock().drops();
+        match counts {
             Ok(counts) => counts
                 .into_iter()
                 .for_each(|(reason, count)| *drops.entry(reason).or_default() += count),

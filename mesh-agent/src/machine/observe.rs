@@ -33,7 +33,7 @@ impl Machine {
             })
             .collect();
         let mut state = State::default();
-        let attached = self.programs.attached()?;
+        let attached = self.programs.lock().attached()?;
         self.devices(&found, &links, &attached, &mut state).await;
         self.programs_on(&links, &attached, &mut state);
         self.maps(&mut state)?;
@@ -105,19 +105,19 @@ impl Machine {
     }
 
     fn maps(&self, state: &mut State) -> Result<()> {
-        let owners = self.programs.owners()?;
+        let owners = self.programs.lock().owners()?;
         state.owners = owners
             .iter()
             .map(|(prefix, owner)| (*prefix, convert::owner_from(owner)))
             .collect();
-        let paths = self.programs.paths()?;
+        let paths = self.programs.lock().paths()?;
         state.paths = paths
             .iter()
             .map(|(node, path)| (*node, convert::path_from(path, &self.devices)))
             .collect();
-        let nodes = self.programs.node_addresses()?;
+        let nodes = self.programs.lock().node_addresses()?;
         state.node_addresses = nodes.into_iter().map(|node| (node.address, node.own)).collect();
-        let endpoints = self.programs.endpoints()?;
+        let endpoints = self.programs.lock().endpoints()?;
         state.endpoints = endpoints
             .iter()
             .map(|e| (e.ifindex, convert::endpoint_from(e)))

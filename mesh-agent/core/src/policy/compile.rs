@@ -28,7 +28,7 @@ pub struct ClassTable {
 }
 
 impl ClassTable {
-    fn entries(&self) -> impl Iterator<Item = (PeerKind, u32, VerdictValue)> + '_ {
+    pub(super) fn entries(&self) -> impl Iterator<Item = (PeerKind, u32, VerdictValue)> + '_ {
         let everybody = self.everybody.map(|value| (PeerKind::Everybody, 0, value));
         let identities = self
             .identities
@@ -182,6 +182,11 @@ impl DirectionPolicy {
     /// The selectors that its statements name.
     pub(super) fn selectors(&self) -> impl Iterator<Item = SelectorId> + '_ {
         self.flats.iter().flat_map(|flat| flat.selectors.iter().copied())
+    }
+
+    /// Whether everything is allowed: nothing denies, be it by default or by a statement.
+    pub fn is_open(&self) -> bool {
+        !self.default_deny && self.flats.iter().all(|flat| flat.action == Action::Allow)
     }
 
     /// The prefixes at which its statements' answers change.

@@ -14,6 +14,19 @@ use super::{
 /// or `new`'s: an identity's entry changes in place only where nothing else of its class does; everything else happens
 /// behind a fresh number that a port is led to in one write.
 pub fn diff(old: Option<&EndpointPolicy>, new: &mut EndpointPolicy) -> Vec<MapWrite> {
+    let (mut out, mut after) = steps(old, new);
+    if !after.is_empty() {
+        out.push(MapWrite::Grace);
+        out.append(&mut after);
+    }
+    out
+}
+
+/// The writes after which `new` holds, and those that are left for after a grace period.
+pub(super) fn steps(
+    old: Option<&EndpointPolicy>,
+    new: &mut EndpointPolicy,
+) -> (Vec<MapWrite>, Vec<MapWrite>) {
     let nothing = EndpointPolicy {
         number: new.number,
         ..EndpointPolicy::default()
@@ -53,11 +66,7 @@ pub fn diff(old: Option<&EndpointPolicy>, new: &mut EndpointPolicy) -> Vec<MapWr
     }
     let mut out = before;
     out.append(&mut switch);
-    if !after.is_empty() {
-        out.push(MapWrite::Grace);
-        out.append(&mut after);
-    }
-    out
+    (out, after)
 }
 
 /// The writes that take a policy away after nothing leads to it.

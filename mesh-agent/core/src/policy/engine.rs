@@ -4,6 +4,7 @@ mod rebuild;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use ipnet::IpNet;
 use warren_model::{
     IdentityId,
     policy::{
@@ -103,7 +104,7 @@ impl PolicyEngine {
             cidrs: CidrTable::new(first.cidr_table, first.cidr),
             next_policy: first.policy,
             next_class: first.class,
-            next_rule: 1,
+            next_rule: first.rule,
             compiled: 0,
             refreshed: 0,
         }
@@ -171,23 +172,56 @@ impl PolicyEngine {
     pub fn contents(&self) -> Maps {
         let mut maps = Maps::default();
         for policy in self.policies.values() {
-            for direction in Direction::ALL {
-                maps.ports.extend(policy.port_entries(direction));
-                for (class, table) in &policy.directions.of(direction).classes {
-                    table.sets(*class).for_each(|write| maps.apply(&write));
-                }
-            }
+            self.add_policy(policy, &mut maps);
         }
-        let table = self.cidrs.number;
-        maps.cidrs.extend(
-            self.cidrs
-                .prefixes
-                .iter()
-                .map(|(p, n)| (CidrKey { table, prefix: *p }, *n)),
-        );
+        self.add_prefixes_to(&mut maps);
         maps.endpoints
             .extend(self.endpoints.iter().filter_map(|(i, e)| Some((*i, e.written?))));
         maps
+    }
+
+    pub(super) fn add_policy(&self, policy: &EndpointPolicy, maps: &mut Maps) {
+        for direction in Direction::ALL {
+            maps.ports.extend(policy.port_entries(direction));
+            for (class, table) in &policy.directions.of(direction).classes {
+                table.sets(*class).for_each(|write| maps.apply(&write));
+            }
+        }
+    }
+
+    pub(super) fn add_prefixes_to(&self, maps: &mut Maps) {
+        let table = self.cidrs.number;
+        maps.cidrs.extend(
+            self.prefixes()
+                .map(|(prefix, number)| (CidrKey { table, prefix }, number)),
+        );
+    }
+
+    pub(super) fn prefixes(&self) -> impl Iterator<Item = (IpNet, u32)> + '_ {
+        self.cidrs
+            .prefixes
+            .iter()
+            .map(|(prefix, number)| (*prefix, *number))
+    }
+
+    /// What an endpoint's entry holds, where it has one.
+    pub fn written(&self, endpoint: u16) -> Option<EndpointValue> {
+        self.endpoints.get(&endpoint)?.written
+    }
+
+    pub(super) fn has_member(&self, id: SelectorId, identity: IdentityId) -> bool {
+        self.members
+            .get(&id)
+            .is_some_and(|members| members.contains(&identity))
+    }
+
+    pub(super) fn names_from(&self, first: RuleName) -> impl Iterator<Item = (u32, &RuleName)> {
+        self.names.range(first..).map(|(name, number)| (*number, name))
+    }
+
+    /// All rule numbers with their names.
+    pub fn rule_numbers(&self) -> impl Iterator<Item = (u32, &RuleName)> {
+        self.by_number.iter().map(|(number, name)| (*number, name))
     }
 
     fn take(&mut self, event: PolicyEvent, dirty: &mut Dirty) {

@@ -20,6 +20,8 @@ pub struct FirstNumbers {
     pub cidr: u32,
     /// Number of the table of prefixes.
     pub cidr_table: u32,
+    /// First number of a rule.
+    pub rule: u32,
 }
 
 impl Default for FirstNumbers {
@@ -29,6 +31,7 @@ impl Default for FirstNumbers {
             class: 1,
             cidr: 1,
             cidr_table: 1,
+            rule: 1,
         }
     }
 }
@@ -47,11 +50,13 @@ impl FirstNumbers {
             .keys()
             .map(|key| key.class)
             .chain(maps.ports.values().map(|v| v.class));
+        let rules = maps.verdicts.values().map(|value| value.rule);
         Self {
             policy: policies.max().unwrap_or(0) + 1,
             class: classes.max().unwrap_or(0) + 1,
             cidr: maps.cidrs.values().copied().max().unwrap_or(0) + 1,
             cidr_table: maps.cidrs.keys().map(|key| key.table).max().unwrap_or(0) + 1,
+            rule: rules.max().unwrap_or(0) + 1,
         }
     }
 }

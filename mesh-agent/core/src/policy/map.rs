@@ -3,7 +3,10 @@
 use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
-use warren_model::{IdentityId, policy::Direction};
+use warren_model::{
+    IdentityId,
+    policy::{Direction, Directions},
+};
 
 /// What a verdict is filed under beside its class.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -92,6 +95,8 @@ pub struct EndpointValue {
     pub cidr_table: u32,
     /// Denials are reported, not enforced.
     pub audit: bool,
+    /// Everything is allowed, without a further look-up.
+    pub open: Directions<bool>,
 }
 
 /// One write to the maps. Setting replaces; deleting what is absent succeeds.
@@ -329,6 +334,9 @@ pub fn lookup(maps: &Maps, packet: &Packet) -> Verdict {
 }
 
 fn judge(maps: &Maps, endpoint: &EndpointValue, packet: &Packet) -> Result<u32, DropCause> {
+    if *endpoint.open.of(packet.direction) {
+        return Ok(0);
+    }
     let Some(port) = maps.port(endpoint.policy, packet.direction, packet.protocol, packet.port) else {
         return Err(DropCause::NoPolicy);
     };

@@ -77,7 +77,7 @@ pub(crate) fn directory(version: u64, nodes: Vec<NodeRecord>) -> Directory {
     Directory {
         epoch: 1,
         version,
-        nodes,
+        nodes: nodes.into_iter().map(|node| (node.name.clone(), node)).collect(),
         ..Directory::default()
     }
 }

@@ -11,7 +11,7 @@ use warren_model::{
 use super::{
     super::{
         compile::{EndpointPolicy, Facts, compile},
-        diff::{diff, removal},
+        diff::{removal, steps},
         event::RuleName,
         flat::{Flat, flatten},
         map::{CidrKey, EndpointValue, MapWrite},
@@ -29,6 +29,7 @@ impl PolicyEngine {
                 .values()
                 .any(|e| e.kind.identity == IdentityId::UNKNOWN);
         let mut out = Vec::new();
+        let mut late = Vec::new();
         // Statements first: they say which prefixes have to be told apart.
         let mut pending = Vec::new();
         for kind in wanted {
@@ -46,9 +47,13 @@ impl PolicyEngine {
             self.refresh(&kind, &identities, &mut out);
         }
         for (kind, default_deny, flats) in pending {
-            self.recompile(&kind, default_deny, flats, &mut out);
+            self.recompile(&kind, default_deny, flats, &mut out, &mut late);
         }
         self.write_endpoints(&mut out);
+        if !late.is_empty() {
+            out.push(MapWrite::Grace);
+            out.append(&mut late);
+        }
         if structural {
             self.collect_garbage(&mut out);
         }
@@ -134,6 +139,7 @@ impl PolicyEngine {
         default_deny: Directions<bool>,
         mut flats: Directions<Vec<Flat>>,
         out: &mut Vec<MapWrite>,
+        late: &mut Vec<MapWrite>,
     ) {
         self.compiled += 1;
         let facts = Facts {
@@ -164,7 +170,9 @@ impl PolicyEngine {
         if old.is_none() {
             self.next_policy += 1;
         }
-        out.extend(diff(old, &mut new));
+        let (now, after) = steps(old, &mut new);
+        out.extend(now);
+        late.extend(after);
         self.policies.insert(kind.clone(), new);
     }
 
@@ -221,6 +229,10 @@ impl PolicyEngine {
                 policy: policy.number,
                 cidr_table: self.cidrs.number,
                 audit: endpoint.audit || self.node.audit,
+                open: Directions {
+                    ingress: policy.directions.ingress.is_open(),
+                    egress: policy.directions.egress.is_open(),
+                },
             };
             if endpoint.written != Some(value) {
                 endpoint.written = Some(value);
@@ -249,6 +261,10 @@ impl PolicyEngine {
         let gone = self.cidrs.retain(&borders);
         let numbers: BTreeSet<u32> = gone.values().copied().collect();
         let table = self.cidrs.number;
+        if !gone.is_empty() {
+            // Nobody may go on with a class of before and find a wider prefix.
+            out.push(MapWrite::Grace);
+        }
         out.extend(
             gone.into_keys()
                 .map(|prefix| MapWrite::DeleteCidr(CidrKey { table, prefix })),
