@@ -37,6 +37,9 @@ pub struct EngineStats {
     pub received_packets: u64,
     /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::DropReason`].
     pub drops: BTreeMap<String, u64>,
+    /// What the kernel does for the engine: `tun-checksum`, `tun-tso`, `tun-uso`, `udp-gso`, `udp-gro`.
+    #[serde(default)]
+    pub offloads: Vec<String>,
 }
 
 /// What the engine's control socket answers.

@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     io,
-    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -16,11 +15,10 @@ use warren_model::{PrivateKey, PublicKey};
 use super::{
     Implementation,
     drops::{Counters, DropReason},
-    packet,
     peer::{self, Path, Peer},
     readers::Readers,
     table::Table,
-    transport::{Admission, Identity},
+    transport::Identity,
     tun::Tun,
     udp::Sockets,
 };
@@ -60,23 +58,6 @@ pub(super) struct Key {
     pub(super) private: PrivateKey,
     pub(super) public: Option<PublicKey>,
     pub(super) identity: Arc<dyn Identity>,
-}
-
-/// The buffers of a thread.
-pub(super) struct Buffers {
-    /// For what is being sent.
-    out: Box<[u8]>,
-    /// For what was received.
-    packet: Box<[u8]>,
-}
-
-impl Buffers {
-    pub(super) fn new() -> Self {
-        Self {
-            out: peer::buffer(),
-            packet: peer::buffer(),
-        }
-    }
 }
 
 impl State {
@@ -140,83 +121,16 @@ impl Device {
         }
     }
 
-    /// A packet of `len` bytes from the TUN device, at the beginning of `packet`.
-    pub(super) fn outgoing(&self, packet: &mut [u8], len: usize, buffers: &mut Buffers) {
-        let Some(destination) = packet::destination(&packet[..len]) else {
-            return self.counters.drop(DropReason::NotIp);
-        };
-        let (peer, sockets) = {
-            let state = self.read();
-            let Some(peer) = state.owners.owner(destination) else {
-                return self.counters.drop(DropReason::NoPeer);
-            };
-            (Arc::clone(peer), state.sockets.clone())
-        };
-        let padded = packet::padded(len, self.mtu.load(Ordering::Relaxed));
-        packet[len..padded].fill(0);
-        peer.send(&packet[..padded], self.path(&sockets), &mut buffers.out);
+    /// The link's MTU in bytes.
+    pub(super) fn mtu(&self) -> usize {
+        self.mtu.load(Ordering::Relaxed)
     }
 
-    /// A datagram from the network.
-    pub(super) fn incoming(&self, datagram: &[u8], from: SocketAddr, buffers: &mut Buffers) {
-        let (identity, sockets) = {
-            let state = self.read();
-            let Some(key) = &state.key else {
-                return self.counters.drop(DropReason::NoKey);
-            };
-            (Arc::clone(&key.identity), state.sockets.clone())
-        };
-        let peer = match identity.admit(from.ip(), datagram, &mut buffers.out) {
-            Admission::Initiation(key) => self
-                .read()
-                .peers
-                .get(&key)
-                .cloned()
-                .ok_or(DropReason::UnknownPeer),
-            Admission::Index(index) => self
-                .read()
-                .indices
-                .get(&index)
-                .cloned()
-                .ok_or(DropReason::UnknownIndex),
-            Admission::Refused(reason) => Err(reason),
-            Admission::Cookie(len) => {
-                if let Some(sockets) = &sockets {
-                    // Lost like any datagram: the other end asks again.
-                    let _ = sockets.send(&buffers.out[..len], from);
-                }
-                Err(DropReason::UnderLoad)
-            }
-        };
-        let peer = match peer {
-            Ok(peer) => peer,
-            Err(reason) => return self.counters.drop(reason),
-        };
-        let path = self.path(&sockets);
-        if let Some(len) = peer.receive(datagram, from, path, &mut buffers.packet, &mut buffers.out) {
-            self.deliver(&peer, &buffers.packet[..len]);
-        }
-    }
-
-    /// Hands a decrypted packet to the TUN device, if its source is the sender's (P3): the most specific owner
-    /// over all peers of the device, not just the sender's own prefixes.
-    fn deliver(&self, sender: &Arc<Peer>, packet: &[u8]) {
-        let owned = packet::source(packet).is_some_and(|source| {
-            self.read()
-                .owners
-                .owner(source)
-                .is_some_and(|owner| Arc::ptr_eq(owner, sender))
-        });
-        if !owned {
-            return self.counters.drop(DropReason::SourceNotOwned);
-        }
-        match self.tun.write(packet) {
-            Ok(()) => {
-                self.counters.received.fetch_add(1, Ordering::Relaxed);
-            }
-            // EIO while the link is down; the reader finds out whether the device is gone.
-            Err(_) => self.counters.drop(DropReason::DeviceDown),
-        }
+    /// What the kernel does for the device, by name.
+    pub(super) fn offloads(&self) -> Vec<&'static str> {
+        let sockets = self.read().sockets.clone();
+        let udp = sockets.iter().flat_map(|sockets| sockets.offloads());
+        self.tun.offloads().chain(udp).collect()
     }
 
     /// Runs the timers of all peers.

@@ -31,6 +31,8 @@ reasons! {
     SocketQueueFull => "socket-queue-full",
     /// Outgoing: not an IPv4 or IPv6 packet.
     NotIp => "not-ip",
+    /// Outgoing: the device's header does not fit the packet behind it, or asks for what was not offered.
+    OffloadMalformed => "offload-malformed",
     /// Outgoing: no peer owns the destination.
     NoPeer => "no-peer",
     /// Outgoing: the device has no private key, or the peer was removed meanwhile.
@@ -85,6 +87,14 @@ impl Counters {
 
     pub(super) fn drop_many(&self, reason: DropReason, count: u64) {
         self.drops[reason as usize].fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn sent(&self, count: u64) {
+        self.sent.fetch_add(count, Ordering::Relaxed);
+    }
+
+    pub(super) fn received(&self, count: u64) {
+        self.received.fetch_add(count, Ordering::Relaxed);
     }
 
     /// Names and counts of every reason.

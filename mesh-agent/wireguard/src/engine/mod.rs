@@ -5,6 +5,10 @@
 //! that somebody else created with [`TUN_FLAGS`], and creates a device that is absent. When the process dies
 //! the devices stay, and packets die in them: nothing leaves in clear.
 //!
+//! Packets move in bulk: a read from the TUN device is up to 64 KiB of one flow, which is cut, sealed where it will be sent
+//! from, and sent in buffers that the kernel cuts into datagrams; what arrives is opened where it was received, put
+//! together per flow, and written from there. Every offload is asked for and done without where the kernel refuses it.
+//!
 //! Threads: per device one that reads the TUN device and one per UDP socket (IPv4, IPv6), each running a packet
 //! to completion; one for timers; one that accepts per UNIX socket, and one per connection to it; one for signals;
 //! the main one attaches and lets go of devices. A panic in any of them ends the process, so that whoever supervises
@@ -13,28 +17,36 @@
 //! Locks, in this order: the engine's devices, a device's configuration, a device's state (held for a lookup), a
 //! peer (held while a packet is sealed and sent, which keeps the order of packets).
 
+mod checksum;
 mod configure;
 mod control;
 mod device;
 mod drops;
+mod incoming;
+mod merge;
+mod mmsg;
+mod outgoing;
 mod packet;
 mod peer;
 mod readers;
+mod split;
 mod supervisor;
 mod table;
+#[cfg(test)]
+mod testing;
 mod transport;
 mod tun;
 mod tunn;
 mod udp;
+mod virtio;
 
 use std::path::PathBuf;
 
 pub use self::{drops::DropReason, supervisor::run};
 
-/// The flags of a TUN device, for its creator and for the engine: `IFF_TUN | IFF_NO_PI`.
+/// The flags of a TUN device for its creator: `IFF_TUN | IFF_NO_PI`, one queue (no `IFF_MULTI_QUEUE`).
 ///
-/// Packets begin with their IP header; there is **no virtio header** (`IFF_VNET_HDR`), one queue
-/// (no `IFF_MULTI_QUEUE`), no offloads (`TUNSETOFFLOAD` 0). The creator opens `/dev/net/tun`, calls
+/// The engine adds the virtio header (`IFF_VNET_HDR`) and offloads when it attaches, where the kernel has them. The creator opens `/dev/net/tun`, calls
 /// `TUNSETIFF` with these flags, then `TUNSETPERSIST` 1, and closes its descriptor: while it is open the engine
 /// gets `EBUSY`. Source: Documentation/networking/tuntap.rst.
 pub const TUN_FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI;

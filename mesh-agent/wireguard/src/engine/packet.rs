@@ -31,6 +31,22 @@ where
     Some(bytes.into())
 }
 
+/// The length of the IP packet that these bytes begin with, which padding may follow; `None` where it is not whole.
+pub(super) fn whole(bytes: &[u8]) -> Option<usize> {
+    let field = |at: usize| {
+        Some(usize::from(u16::from_be_bytes([
+            *bytes.get(at)?,
+            *bytes.get(at + 1)?,
+        ])))
+    };
+    let (length, least) = match bytes.first()? >> 4 {
+        4 => (field(2)?, 20),
+        6 => (40 + field(4)?, 40),
+        _ => return None,
+    };
+    (least..=bytes.len()).contains(&length).then_some(length)
+}
+
 /// How long a packet of `len` bytes is after padding: to a multiple of 16 bytes, never beyond `mtu`.
 /// Source: section 5.4.6 of the WireGuard paper; the limit is what implementations do.
 pub(super) fn padded(len: usize, mtu: usize) -> usize {
@@ -65,6 +81,31 @@ mod tests {
         v6[0] = 0x60;
         for packet in [&[][..], &v4[..19], &v6[..39], &[0x00; 64], &[0xff; 64]] {
             assert_eq!((source(packet), destination(packet)), (None, None));
+        }
+    }
+
+    #[test]
+    fn only_whole_packets_have_a_length() {
+        let mut v4 = [0; 32];
+        v4[0] = 0x45;
+        let mut v6 = [0; 64];
+        v6[0] = 0x60;
+        for (length, expected) in [
+            (19, None),
+            (20, Some(20)),
+            (31, Some(31)),
+            (32, Some(32)),
+            (33, None),
+        ] {
+            v4[3] = length;
+            assert_eq!(whole(&v4), expected, "{length}");
+        }
+        for (length, expected) in [(0, Some(40)), (24, Some(64)), (25, None)] {
+            v6[5] = length;
+            assert_eq!(whole(&v6), expected, "{length}");
+        }
+        for bytes in [&[][..], &[0x45], &v6[..39], &[0x50; 64]] {
+            assert_eq!(whole(bytes), None);
         }
     }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     net::SocketAddr,
+    ops::Range,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -14,7 +15,7 @@ use warren_model::PublicKey;
 
 use super::{
     drops::{Counters, DropReason},
-    transport::{Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, Tick, Transport},
+    transport::{DATA_HEADER, Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, TAG, Tick, Transport},
     udp::Sockets,
 };
 use crate::uapi::PresharedKey;
@@ -51,6 +52,7 @@ struct Inner {
     preshared_key: Option<PresharedKey>,
     endpoint: Option<SocketAddr>,
     keepalive_seconds: u16,
+    /// Messages that are not sealed yet.
     queue: VecDeque<Vec<u8>>,
     /// When the peer was last sent to or authentically heard from.
     last_traffic: Instant,
@@ -214,89 +216,132 @@ impl Peer {
         }
     }
 
-    /// Seals a packet and sends it, or keeps it until there is a session.
-    pub(super) fn send(&self, packet: &[u8], path: Path<'_>, out: &mut [u8]) {
+    /// Seals messages of `segment` bytes (the last may be shorter) that lie one after the other, and says where to send
+    /// them; or keeps the packets until there is a session. Packets that wait for one go out first.
+    pub(super) fn seal(
+        &self,
+        messages: &mut [u8],
+        segment: usize,
+        now: Instant,
+        path: Path<'_>,
+        out: &mut [u8],
+    ) -> Option<SocketAddr> {
+        let count = messages.len().div_ceil(segment);
         let inner = &mut *self.lock();
-        let Some(transport) = &mut inner.transport else {
-            return path.counters.drop(DropReason::NoKey);
-        };
+        if inner.transport.is_none() {
+            path.counters.drop_many(DropReason::NoKey, count as u64);
+            return None;
+        }
         if inner.endpoint.is_none() {
-            return path.counters.drop(DropReason::NoEndpoint);
+            path.counters.drop_many(DropReason::NoEndpoint, count as u64);
+            return None;
         }
-        if transport.ready() {
-            let len = transport.seal(packet, out);
-            if self.transmit(inner, &out[..len], path) {
-                path.counters.sent.fetch_add(1, Ordering::Relaxed);
+        self.flush(inner, path, out);
+        if let Some(transport) = inner.ready() {
+            let sealed = messages
+                .chunks_mut(segment)
+                .all(|message| transport.seal(message, out));
+            if sealed {
+                inner.last_traffic = now;
+                return inner.endpoint;
             }
-            return;
+            path.counters.drop_many(DropReason::Internal, count as u64);
+            return None;
         }
-        if inner.queue.len() >= QUEUE {
-            inner.queue.pop_front();
-            path.counters.drop(DropReason::QueueFull);
+        for message in messages.chunks(segment) {
+            if inner.queue.len() >= QUEUE {
+                inner.queue.pop_front();
+                path.counters.drop(DropReason::QueueFull);
+            }
+            inner.queue.push_back(message.to_vec());
         }
-        inner.queue.push_back(packet.to_vec());
         self.initiate(inner, false, path, out);
+        None
     }
 
-    /// Takes a message of the network. The length of the packet it held, at the beginning of `packet`.
+    /// Counts bytes that went out.
+    pub(super) fn count_sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Takes messages of the network: of `segment` bytes (the last may be shorter), one after the other. Adds to `opened`
+    /// where in `messages` the packets are.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a thread's buffers, and where the messages are from"
+    )]
     pub(super) fn receive(
         &self,
-        datagram: &[u8],
+        messages: &mut [u8],
+        segment: usize,
         from: SocketAddr,
+        now: Instant,
         path: Path<'_>,
-        packet: &mut [u8],
         out: &mut [u8],
-    ) -> Option<usize> {
+        opened: &mut Vec<Range<usize>>,
+    ) {
         let inner = &mut *self.lock();
-        let Some(transport) = &mut inner.transport else {
-            path.counters.drop(DropReason::NoKey);
-            return None;
-        };
-        let mut opened = transport.open(datagram, packet);
-        if let Err(DropReason::NoSession | DropReason::NotAuthentic) = opened
-            && let Some(previous) = &mut inner.previous
-        {
-            opened = previous.open(datagram, packet);
-        }
-        let opened = match opened {
-            Ok(opened) => opened,
-            Err(reason) => {
-                path.counters.drop(reason);
-                return None;
+        let (mut start, mut authentic) = (0, 0);
+        for message in messages.chunks_mut(segment) {
+            let (at, len) = (start + DATA_HEADER, message.len());
+            start += len;
+            match Self::open(inner, message, out) {
+                Err(reason) => path.counters.drop(reason),
+                Ok(Opened::Cookie) => {}
+                Ok(result) => {
+                    authentic += len;
+                    // Authentic: this is where the peer is now.
+                    inner.endpoint = Some(from);
+                    match result {
+                        Opened::Packet(len) => opened.push(at..at + len),
+                        Opened::Reply(len) => drop(self.transmit(inner, &out[..len], path)),
+                        Opened::Keepalive | Opened::Cookie => {}
+                    }
+                }
             }
-        };
-        if opened == Opened::Cookie {
-            return None;
         }
-        // Authentic: this is where the peer is now.
-        inner.endpoint = Some(from);
-        inner.last_traffic = Instant::now();
-        self.received.fetch_add(datagram.len() as u64, Ordering::Relaxed);
-        if transport.handshakes() != inner.handshakes {
+        if authentic == 0 {
+            return;
+        }
+        inner.last_traffic = now;
+        self.received.fetch_add(authentic as u64, Ordering::Relaxed);
+        self.note_handshakes(inner, path);
+        self.flush(inner, path, out);
+    }
+
+    fn open(inner: &mut Inner, message: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason> {
+        let transport = inner.transport.as_mut().ok_or(DropReason::NoKey)?;
+        let opened = transport.open(message, out);
+        match (opened, &mut inner.previous) {
+            (Err(DropReason::NoSession | DropReason::NotAuthentic), Some(previous)) => {
+                previous.open(message, out)
+            }
+            (opened, _) => opened,
+        }
+    }
+
+    fn note_handshakes(&self, inner: &mut Inner, path: Path<'_>) {
+        if let Some(transport) = &inner.transport
+            && transport.handshakes() != inner.handshakes
+        {
             inner.handshakes = transport.handshakes();
             inner.last_handshake = Some(SystemTime::now());
             path.counters.handshakes.fetch_add(1, Ordering::Relaxed);
-        }
-        if let Opened::Reply(len) = opened {
-            self.transmit(inner, &packet[..len], path);
-        }
-        self.flush(inner, path, out);
-        match opened {
-            Opened::Packet(len) => Some(len),
-            Opened::Keepalive | Opened::Reply(_) | Opened::Cookie => None,
         }
     }
 
     /// Sends what waited, in order.
     fn flush(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
-        while inner.ready().is_some() {
-            let Some(packet) = inner.queue.pop_front() else {
+        while !inner.queue.is_empty() {
+            if inner.ready().is_none() {
+                return;
+            }
+            let Some(mut message) = inner.queue.pop_front() else {
                 return;
             };
             let Some(transport) = inner.ready() else { return };
-            let len = transport.seal(&packet, out);
-            if self.transmit(inner, &out[..len], path) {
-                path.counters.sent.fetch_add(1, Ordering::Relaxed);
+            if transport.seal(&mut message, out) && self.transmit(inner, &message, path) {
+                path.counters.sent(1);
             }
         }
     }
@@ -330,8 +375,10 @@ impl Peer {
     fn keep_alive(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
         match inner.ready() {
             Some(transport) => {
-                let len = transport.seal(&[], out);
-                self.transmit(inner, &out[..len], path);
+                let mut message = [0; DATA_HEADER + TAG];
+                if transport.seal(&mut message, out) {
+                    self.transmit(inner, &message, path);
+                }
             }
             None => self.initiate(inner, false, path, out),
         }

@@ -11,11 +11,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::{
-    device::{Buffers, Device},
-    peer,
-    udp::Sockets,
-};
+use super::{device::Device, drops::DropReason, incoming::Intake, outgoing::Outbox, peer, udp::Sockets};
 
 /// The threads that read a device's sockets.
 #[derive(Default)]
@@ -69,32 +65,30 @@ impl Readers {
 }
 
 fn read_socket(device: &Device, socket: &UdpSocket, stop: &UnixStream) {
-    let mut buffers = Buffers::new();
-    let mut datagram = peer::buffer();
+    let mut intake = Intake::new();
     loop {
-        match socket.recv_from(&mut datagram) {
-            Ok((len, from)) => device.incoming(&datagram[..len], from, &mut buffers),
+        match intake.receive(device, socket) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 if !wait(socket.as_fd(), stop) {
                     return;
                 }
             }
-            // Errors of earlier sends (ICMP) are reported once and mean nothing here.
-            Err(_) => {}
+            // Other errors are those of earlier sends (ICMP): reported once, they mean nothing here.
+            Ok(()) | Err(_) => {}
         }
     }
 }
 
 /// Reads the TUN device until it is gone or the thread is stopped. Whether it is gone.
 pub(super) fn read_tun(device: &Device, stop: &UnixStream) -> bool {
-    let mut buffers = Buffers::new();
-    let mut packet = peer::buffer();
-    // Room for padding stays behind the largest packet.
-    let room = packet.len() - 16;
+    let mut outbox = Outbox::new();
+    let mut buffer = peer::buffer();
     loop {
-        match device.tun.read(&mut packet[..room]) {
-            Ok(len) => device.outgoing(&mut packet, len, &mut buffers),
+        match device.tun.read(&mut buffer) {
+            Ok(Some((header, packet))) => outbox.take(device, header, packet),
+            Ok(None) => device.counters.drop(DropReason::OffloadMalformed),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                outbox.flush(device);
                 if !wait(device.tun.as_fd(), stop) {
                     return false;
                 }

@@ -357,5 +357,6 @@ fn stats(device: &Device) -> Value {
         "sent_packets": counters.sent.load(Ordering::Relaxed),
         "received_packets": counters.received.load(Ordering::Relaxed),
         "drops": drops,
+        "offloads": device.offloads(),
     })
 }

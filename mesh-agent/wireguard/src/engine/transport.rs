@@ -1,17 +1,23 @@
 //! What the engine asks of a WireGuard protocol implementation: no sockets, no devices, no peers' addresses.
 //!
-//! Messages are written to the beginning of `out`, and their length is returned. `out` must hold the input
-//! plus [`OVERHEAD`] bytes, and [`LARGEST_HANDSHAKE`] bytes at least.
+//! Data is sealed and opened where it lies. Other messages are written to the beginning of `out`, and their length is
+//! returned; `out` must hold the largest message, and [`LARGEST_HANDSHAKE`] bytes at least. What it held is lost.
 
-use std::net::IpAddr;
+use std::{net::SocketAddr, time::Instant};
 
 use warren_model::PublicKey;
 
 use super::drops::DropReason;
 use crate::uapi::PresharedKey;
 
-/// Bytes that sealing adds to a packet: type, index, counter, tag.
-pub(super) const OVERHEAD: usize = 32;
+/// Bytes in front of the packet in a data message: type, index, counter.
+pub(super) const DATA_HEADER: usize = 16;
+
+/// Bytes behind it.
+pub(super) const TAG: usize = 16;
+
+/// Bytes that sealing adds to a packet.
+pub(super) const OVERHEAD: usize = DATA_HEADER + TAG;
 
 /// Bytes of a handshake initiation, the largest message that is not data.
 pub(super) const LARGEST_HANDSHAKE: usize = 148;
@@ -20,7 +26,7 @@ pub(super) const LARGEST_HANDSHAKE: usize = 148;
 pub(super) trait Identity: Send + Sync {
     /// Judges a datagram before any peer is involved. Never costs more than one Diffie-Hellman operation, and
     /// none for messages that do not know this device's public key.
-    fn admit(&self, from: IpAddr, datagram: &[u8], out: &mut [u8]) -> Admission;
+    fn admit(&self, from: SocketAddr, datagram: &[u8], out: &mut [u8], now: Instant) -> Admission;
 
     /// A transport for a peer. `index` (24 bits) names it in messages: see [`Admission::Index`].
     fn transport(
@@ -55,14 +61,14 @@ pub(super) trait Transport: Send {
     /// Handshakes completed so far, in either role.
     fn handshakes(&self) -> u64;
 
-    /// Seals a packet, or a keepalive when it is empty. 0 when there is no session.
-    fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> usize;
+    /// Seals the packet in a message of [`OVERHEAD`] bytes more than it, or a keepalive. Whether there was a session.
+    fn seal(&mut self, message: &mut [u8], out: &mut [u8]) -> bool;
 
     /// Begins a handshake. 0 when one is in progress already and `force` is not given.
     fn initiate(&mut self, force: bool, out: &mut [u8]) -> usize;
 
-    /// Takes a message of the network, at most `out.len()` bytes.
-    fn open(&mut self, datagram: &[u8], out: &mut [u8]) -> Result<Opened, DropReason>;
+    /// Takes a message of the network, at most `out.len()` bytes. A packet is left where it was in the message.
+    fn open(&mut self, message: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason>;
 
     /// Runs the timers. To be called several times a second.
     fn tick(&mut self, out: &mut [u8]) -> Tick;
@@ -71,11 +77,11 @@ pub(super) trait Transport: Send {
 /// What a message of the network was.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Opened {
-    /// An authentic packet of this many bytes.
+    /// An authentic packet of this many bytes, [`DATA_HEADER`] bytes into the message. Padding may be part of it.
     Packet(usize),
     /// Authentic, without content.
     Keepalive,
-    /// An authentic handshake message; send back this many bytes.
+    /// An authentic handshake message; send back this many bytes of `out`.
     Reply(usize),
     /// A cookie for the next handshake. Says nothing about who sent it.
     Cookie,

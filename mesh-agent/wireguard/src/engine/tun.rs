@@ -6,14 +6,25 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{self, Read as _, Write as _},
+    io::{self, IoSlice, Read as _, Write as _},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     os::unix::fs::OpenOptionsExt as _,
 };
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::TUN_FLAGS;
+use super::{
+    TUN_FLAGS,
+    merge::{Merging, Write},
+    virtio::{self, Virtio},
+};
+
+/// What the stack may leave to the engine (`TUN_F_*` of `linux/if_tun.h`), the most first: checksums, TCP segmentation
+/// (also with congestion notification), UDP segmentation (Linux 6.2).
+const CHECKSUM: libc::c_uint = 0x01;
+const TSO: libc::c_uint = 0x02 | 0x04 | 0x08;
+const USO: libc::c_uint = 0x20 | 0x40;
+const OFFLOADS: [libc::c_uint; 4] = [CHECKSUM | TSO | USO, CHECKSUM | TSO, CHECKSUM, 0];
 
 /// Packets that wait for the engine: TUN's own 500 overflow in the first moment that its thread waits for a CPU.
 const QUEUE_LENGTH: libc::c_int = 10_000;
@@ -27,6 +38,10 @@ const MEMINFO_VARS: usize = 9;
 pub(super) struct Tun {
     file: File,
     name: String,
+    /// Whether a virtio header stands in front of every packet.
+    headers: bool,
+    /// What the kernel took of [`OFFLOADS`].
+    offloads: libc::c_uint,
     /// For questions about links, which any socket answers.
     inquiry: OwnedFd,
 }
@@ -39,14 +54,19 @@ impl Tun {
             .write(true)
             .custom_flags(libc::O_NONBLOCK)
             .open("/dev/net/tun")?;
-        let mut request = request(name)?;
-        request.ifr_ifru.ifru_flags = TUN_FLAGS as libc::c_short;
-        // SAFETY: TUNSETIFF reads and writes one ifreq, which lives through the call.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
-        // An engine before us may have switched offloads on, which need the virtio header that we do not speak.
-        // SAFETY: TUNSETOFFLOAD and TUNSETPERSIST take a plain integer.
-        check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, 0 as libc::c_ulong) })?;
-        // SAFETY: as above.
+        let headers = match attach(&file, name, TUN_FLAGS | libc::IFF_VNET_HDR) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                attach(&file, name, TUN_FLAGS)?;
+                false
+            }
+            result => {
+                result?;
+                set_header_size(&file)?;
+                true
+            }
+        };
+        let offloads = set_offloads(&file, headers)?;
+        // SAFETY: TUNSETPERSIST takes a plain integer.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST, 1 as libc::c_ulong) })?;
         let inquiry = socket(
             AddressFamily::Inet,
@@ -57,6 +77,8 @@ impl Tun {
         let tun = Self {
             file,
             name: name.into(),
+            headers,
+            offloads,
             inquiry,
         };
         tun.lengthen_queue()?;
@@ -83,14 +105,52 @@ impl Tun {
         drops.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
     }
 
-    /// Reads one packet; `WouldBlock` when there is none.
-    pub(super) fn read(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        (&self.file).read(buffer)
+    /// Reads what is one packet to the stack, up to 64 KiB, to the beginning of `buffer`; `WouldBlock` when there is none.
+    /// `None` for something that was not asked for.
+    pub(super) fn read<'a>(&self, buffer: &'a mut [u8]) -> io::Result<Option<(Virtio, &'a mut [u8])>> {
+        let len = (&self.file).read(buffer)?;
+        let bytes = &mut buffer[..len];
+        if !self.headers {
+            return Ok(Some((Virtio::SINGLE, bytes)));
+        }
+        let Some((header, packet)) = bytes.split_first_chunk_mut::<{ virtio::HEADER }>() else {
+            return Ok(None);
+        };
+        Ok(Virtio::parse(*header).map(|header| (header, packet)))
+    }
+
+    /// What may be put together for [`Self::write`].
+    pub(super) fn merging(&self) -> Merging {
+        Merging {
+            tcp: self.headers,
+            // Who hands over UDP that is to be cut also takes it.
+            udp: self.offloads & USO != 0,
+        }
+    }
+
+    /// Writes packets that were put together, or one.
+    pub(super) fn write(&self, write: &Write<'_>) -> io::Result<()> {
+        write.slices(|slices| {
+            let slices = if self.headers { slices } else { &slices[1..] };
+            (&self.file).write_vectored(slices).map(drop)
+        })
     }
 
     /// Writes one packet.
-    pub(super) fn write(&self, packet: &[u8]) -> io::Result<()> {
-        (&self.file).write(packet).map(drop)
+    pub(super) fn write_one(&self, packet: &[u8]) -> io::Result<()> {
+        let header = Virtio::SINGLE.bytes();
+        let slices = [IoSlice::new(&header), IoSlice::new(packet)];
+        let slices = if self.headers { &slices[..] } else { &slices[1..] };
+        (&self.file).write_vectored(slices).map(drop)
+    }
+
+    /// What the stack leaves to the engine, by name.
+    pub(super) fn offloads(&self) -> impl Iterator<Item = &'static str> {
+        let known = [(CHECKSUM, "tun-checksum"), (TSO, "tun-tso"), (USO, "tun-uso")];
+        known
+            .into_iter()
+            .filter(|(offload, _)| self.offloads & offload == *offload)
+            .map(|(_, name)| name)
     }
 
     /// The link's MTU in bytes.
@@ -108,6 +168,42 @@ impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Takes the device, creating it when absent. `EINVAL` for flags that the kernel does not know.
+fn attach(file: &File, name: &str, flags: libc::c_int) -> io::Result<()> {
+    let mut request = request(name)?;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which lives through the call.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })
+}
+
+/// An engine before us may have chosen another header.
+fn set_header_size(file: &File) -> io::Result<()> {
+    let size = virtio::HEADER as libc::c_int;
+    // SAFETY: TUNSETVNETHDRSZ reads one integer.
+    check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) })
+}
+
+/// Takes over as much as the kernel can leave to us, which is nothing where there is no header to say so.
+fn set_offloads(file: &File, headers: bool) -> io::Result<libc::c_uint> {
+    let wanted = if headers { &OFFLOADS[..] } else { &OFFLOADS[3..] };
+    let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
+    for offloads in wanted {
+        // SAFETY: TUNSETOFFLOAD takes a plain integer.
+        let result = check(unsafe {
+            libc::ioctl(
+                file.as_raw_fd(),
+                libc::TUNSETOFFLOAD,
+                libc::c_ulong::from(*offloads),
+            )
+        });
+        match result {
+            Ok(()) => return Ok(*offloads),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
 }
 
 /// Datagrams that the kernel dropped because nobody read a socket in time.

@@ -9,7 +9,11 @@
 //!
 //! Sessions are kept in a ring of 8 by their index; an index is the peer's 24 bits and 8 bits that count.
 
-use std::{net::IpAddr, net::Ipv4Addr, sync::Arc};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
 
 use boringtun::{
     noise::{
@@ -22,7 +26,7 @@ use warren_model::{PrivateKey, PublicKey};
 
 use super::{
     drops::DropReason,
-    transport::{Admission, Identity, Opened, Tick, Transport},
+    transport::{Admission, DATA_HEADER, Identity, Opened, TAG, Tick, Transport},
 };
 use crate::uapi::PresharedKey;
 
@@ -61,9 +65,9 @@ impl TunnIdentity {
 }
 
 impl Identity for TunnIdentity {
-    fn admit(&self, from: IpAddr, datagram: &[u8], out: &mut [u8]) -> Admission {
+    fn admit(&self, from: SocketAddr, datagram: &[u8], out: &mut [u8], _now: Instant) -> Admission {
         let mut cookie = [0; COOKIE_REPLY];
-        match self.limiter.verify_packet(Some(from), datagram, &mut cookie) {
+        match self.limiter.verify_packet(Some(from.ip()), datagram, &mut cookie) {
             Ok(Packet::HandshakeInit(message)) => {
                 let half = parse_handshake_anon(&self.secret, &self.public, &message);
                 match half.map(|half| PublicKey::from_bytes(half.peer_static_public)) {
@@ -139,13 +143,18 @@ impl Transport for TunnTransport {
         self.handshakes
     }
 
-    fn seal(&mut self, packet: &[u8], out: &mut [u8]) -> usize {
+    /// `Tunn` copies, and wants room for a handshake in any case.
+    fn seal(&mut self, message: &mut [u8], out: &mut [u8]) -> bool {
         if !self.ready {
-            return 0;
+            return false;
         }
-        match self.tunn.encapsulate(packet, out) {
-            TunnResult::WriteToNetwork(message) => message.len(),
-            _ => 0,
+        let content = &message[DATA_HEADER..message.len() - TAG];
+        match self.tunn.encapsulate(content, out) {
+            TunnResult::WriteToNetwork(sealed) if sealed.len() == message.len() => {
+                message.copy_from_slice(sealed);
+                true
+            }
+            _ => false,
         }
     }
 
@@ -156,7 +165,7 @@ impl Transport for TunnTransport {
         }
     }
 
-    fn open(&mut self, datagram: &[u8], out: &mut [u8]) -> Result<Opened, DropReason> {
+    fn open(&mut self, datagram: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason> {
         let kind = datagram.first().copied().unwrap_or(0);
         // An empty datagram would mean "flush the queue".
         if !(INITIATION..=DATA).contains(&kind) {
@@ -167,6 +176,7 @@ impl Transport for TunnTransport {
             .decapsulate(Some(Ipv4Addr::UNSPECIFIED.into()), datagram, out)
         {
             TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
+                datagram[DATA_HEADER..DATA_HEADER + packet.len()].copy_from_slice(packet);
                 Opened::Packet(packet.len())
             }
             TunnResult::Done if kind == COOKIE => Opened::Cookie,

@@ -1,6 +1,7 @@
 //! A device's UDP sockets: one per address family, on the same port.
 
 use std::{
+    collections::HashMap,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
     os::fd::AsFd as _,
@@ -8,6 +9,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -16,7 +18,10 @@ use nix::{
     sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, sockopt},
 };
 
-use super::tun;
+use super::{
+    mmsg::{self, MOST_SEGMENTS, Outgoing},
+    tun,
+};
 
 /// Bytes of a socket's buffers: what a burst at several Gb/s needs while a thread waits for a CPU.
 const BUFFER: usize = 4 * 1024 * 1024;
@@ -27,12 +32,49 @@ const SEND_WAIT: u16 = 100;
 /// How often a free port is tried that must be free in both families.
 const RANDOM_PORTS: usize = 32;
 
+/// How long datagrams to a destination are handed over one by one after the kernel refused to cut a buffer for it. The
+/// route may have changed: a device without checksums (`EIO`), a smaller MTU (`EINVAL`).
+const REFUSED: Duration = Duration::from_secs(10);
+
+/// Destinations that are remembered so.
+const MOST_REFUSALS: usize = 1024;
+
+/// Destinations for which the kernel does not cut buffers, and until when that is believed.
+#[derive(Debug, Default)]
+pub(super) struct Refusals(HashMap<SocketAddr, Instant>);
+
+impl Refusals {
+    fn holds(&mut self, to: &SocketAddr, now: Instant) -> bool {
+        // Empty nearly always.
+        if self.0.is_empty() {
+            return false;
+        }
+        match self.0.get(to) {
+            Some(until) if *until > now => true,
+            Some(_) => {
+                self.0.remove(to);
+                false
+            }
+            None => false,
+        }
+    }
+
+    fn note(&mut self, to: SocketAddr, now: Instant) {
+        if self.0.len() >= MOST_REFUSALS {
+            self.0.clear();
+        }
+        self.0.insert(to, now + REFUSED);
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Sockets {
     v4: Arc<UdpSocket>,
     /// `None` where the machine has no IPv6.
     v6: Option<Arc<UdpSocket>>,
     port: u16,
+    /// Whether the kernel puts datagrams together that arrive.
+    gro: bool,
     /// What [`Self::new_overflows`] has told already.
     overflows: AtomicU64,
 }
@@ -68,7 +110,11 @@ impl Sockets {
             }
             Err(error) => return Err(error),
         };
+        let gro = std::iter::once(&v4)
+            .chain(v6.as_deref())
+            .all(|socket| mmsg::enable_gro(socket).is_ok());
         let sockets = Self {
+            gro,
             v4: Arc::new(v4),
             v6,
             port,
@@ -106,21 +152,131 @@ impl Sockets {
 
     /// Sends one datagram; waits a moment for room.
     pub(super) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        let socket = match to {
-            SocketAddr::V4(_) => &self.v4,
-            SocketAddr::V6(_) => self.v6.as_ref().ok_or(Errno::EAFNOSUPPORT)?,
-        };
+        let socket = self.socket(&to)?;
         match socket.send_to(datagram, to) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                poll(
-                    &mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)],
-                    PollTimeout::from(SEND_WAIT),
-                )?;
+                await_room(socket)?;
                 socket.send_to(datagram, to).map(drop)
             }
             result => result.map(drop),
         }
     }
+
+    fn socket(&self, to: &SocketAddr) -> io::Result<&UdpSocket> {
+        match to {
+            SocketAddr::V4(_) => Ok(&self.v4),
+            SocketAddr::V6(_) => Ok(self.v6.as_ref().ok_or(Errno::EAFNOSUPPORT)?),
+        }
+    }
+
+    /// Sends buffers of datagrams in order. Tells for each how many datagrams and bytes were sent.
+    pub(super) fn send_all(
+        &self,
+        messages: &[Outgoing<'_>],
+        now: Instant,
+        refusals: &mut Refusals,
+        mut sent: impl FnMut(usize, usize, usize),
+    ) {
+        let mut next = 0;
+        while let Some(first) = messages.get(next) {
+            if first.bytes.len() > first.segment && refusals.holds(&first.to, now) {
+                let (count, bytes) = self.send_singly(first);
+                sent(next, count, bytes);
+                next += 1;
+                continue;
+            }
+            let Ok(socket) = self.socket(&first.to) else {
+                sent(next, 0, 0);
+                next += 1;
+                continue;
+            };
+            let alike = messages[next..].iter().take_while(|message| {
+                message.to.is_ipv4() == first.to.is_ipv4()
+                    && (message.bytes.len() <= message.segment || !refusals.holds(&message.to, now))
+            });
+            let alike = alike.count();
+            match send_some(socket, &messages[next..next + alike]) {
+                Ok(count) => {
+                    for (place, message) in messages.iter().enumerate().skip(next).take(count) {
+                        let datagrams = message.bytes.len().div_ceil(message.segment);
+                        sent(place, datagrams, message.bytes.len());
+                    }
+                    next += count;
+                }
+                Err(error) => {
+                    let cut = first.bytes.len() > first.segment;
+                    let (count, bytes) = match error.raw_os_error() {
+                        Some(libc::EIO | libc::EINVAL) if cut => {
+                            refusals.note(first.to, now);
+                            self.send_singly(first)
+                        }
+                        _ => (0, 0),
+                    };
+                    sent(next, count, bytes);
+                    next += 1;
+                }
+            }
+        }
+    }
+
+    /// Sends each datagram of a buffer by itself. How many, and how many bytes.
+    fn send_singly(&self, message: &Outgoing<'_>) -> (usize, usize) {
+        let mut singles = [Outgoing {
+            bytes: &[],
+            ..*message
+        }; MOST_SEGMENTS];
+        let mut count = 0;
+        for (single, bytes) in singles.iter_mut().zip(message.bytes.chunks(message.segment)) {
+            single.bytes = bytes;
+            count += 1;
+        }
+        let (mut sent, mut sent_bytes, mut next) = (0, 0, 0);
+        let Ok(socket) = self.socket(&message.to) else {
+            return (0, 0);
+        };
+        while next < count {
+            match send_some(socket, &singles[next..count]) {
+                Ok(taken) => {
+                    sent += taken;
+                    sent_bytes += singles[next..next + taken]
+                        .iter()
+                        .map(|single| single.bytes.len())
+                        .sum::<usize>();
+                    next += taken;
+                }
+                Err(_) => next += 1,
+            }
+        }
+        (sent, sent_bytes)
+    }
+
+    /// What the kernel does for the sockets, by name.
+    pub(super) fn offloads(&self) -> impl Iterator<Item = &'static str> {
+        let gro = self.gro.then_some("udp-gro");
+        std::iter::once("udp-gso").chain(gro)
+    }
+}
+
+/// Sends at least one message, or the error of the first; waits a moment for room.
+fn send_some(socket: &UdpSocket, messages: &[Outgoing<'_>]) -> io::Result<usize> {
+    loop {
+        match mmsg::send(socket, messages) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                await_room(socket)?;
+                return mmsg::send(socket, messages);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
+
+fn await_room(socket: &UdpSocket) -> io::Result<()> {
+    poll(
+        &mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)],
+        PollTimeout::from(SEND_WAIT),
+    )?;
+    Ok(())
 }
 
 fn open(family: AddressFamily, address: &dyn SockaddrLike) -> io::Result<UdpSocket> {
