@@ -45,11 +45,16 @@ pub(super) struct Shared {
 /// (namespace, name); the namespace of a cluster-scoped object is empty.
 pub(super) type Key = (String, String);
 
+/// What an object says.
+type Upsert<K> = dyn Fn(&K) -> Result<Feed, parse::Fault> + Send + Sync;
+/// What the end of an object says.
+type Delete = dyn Fn(Key) -> Feed + Send + Sync;
+
 /// How objects of one kind become events.
 pub(super) struct Kind<K> {
     pub(super) name: &'static str,
-    pub(super) upsert: Box<dyn Fn(&K) -> Result<Feed, parse::Fault> + Send + Sync>,
-    pub(super) delete: Box<dyn Fn(Key) -> Feed + Send + Sync>,
+    pub(super) upsert: Box<Upsert<K>>,
+    pub(super) delete: Box<Delete>,
 }
 
 /// Why a watch ended.

@@ -4,11 +4,13 @@ use warren_model::{ClusterConfig, Datapath, NodeName, PodRef, PrefixSource, Publ
 
 use super::*;
 use crate::{
-    event::{AgentEvent, CatchUp, EndpointError, Node, Pod},
+    event::{AgentEvent, CatchUp, EndpointError, Namespace, Node, Pod},
     stored::{Recovered, Revoked},
 };
 
 mod endpoints;
+mod policies;
+mod policy_histories;
 mod properties;
 
 pub(crate) fn config() -> ClusterConfig {
@@ -59,13 +61,20 @@ impl Index {
             mode,
             7,
         );
+        Self::of(settings)
+    }
+
+    /// Knows the namespace `shop`.
+    pub(super) fn of(settings: Settings) -> Self {
         let core = Core::new(settings.clone(), Recovered::default(), 0);
-        Self {
+        let mut index = Self {
             core,
             now: 0,
             stored: Recovered::default(),
             settings,
-        }
+        };
+        index.source(SourceEvent::NamespaceUpsert(shop()));
+        index
     }
 
     pub(super) fn synced(mode: Mode, nodes: u8) -> Self {
@@ -122,6 +131,7 @@ impl Index {
     pub(super) fn restart(&mut self) {
         self.settings.epoch += 1;
         self.core = Core::new(self.settings.clone(), self.stored.clone(), self.now);
+        self.source(SourceEvent::NamespaceUpsert(shop()));
     }
 
     pub(super) fn connect(&mut self, n: u8) -> SessionId {
@@ -245,6 +255,13 @@ pub(super) fn pod(name: &str, node: u8, ip: Option<&str>) -> Pod {
         .into(),
         addresses: ip.into_iter().map(|ip| ip.parse().unwrap()).collect(),
         ..Pod::default()
+    }
+}
+
+pub(super) fn shop() -> Namespace {
+    Namespace {
+        name: "shop".into(),
+        labels: Default::default(),
     }
 }
 

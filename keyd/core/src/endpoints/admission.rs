@@ -66,6 +66,10 @@ impl Endpoints {
         self.changed.insert(pod.clone());
         Ok(())
     }
+    /// Whether the labels of a namespace are known. A folder of manifests need not have Namespaces.
+    pub(super) fn knows_namespace(&self, name: &str) -> bool {
+        self.mode == Mode::StandAlone || self.namespaces.contains_key(name)
+    }
     /// Whether this pod may run on this node at all.
     pub(super) fn may_run(&self, node: &NodeName, pod: &PodRef) -> Result<(), EndpointError> {
         let refuse = |message: String, retry| Err(EndpointError { message, retry });
@@ -89,6 +93,9 @@ impl Endpoints {
                     ),
                     None if self.mode == Mode::Kubernetes => {
                         refuse(format!("pod {pod} is not scheduled yet"), true)
+                    }
+                    _ if !self.knows_namespace(&known.namespace) => {
+                        refuse(format!("namespace {} is not known yet", known.namespace), true)
                     }
                     _ if uid_differs => refuse(format!("pod {pod} has another UID than {}", pod.uid), true),
                     _ if known.host_network => refuse(

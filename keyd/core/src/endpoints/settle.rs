@@ -138,6 +138,8 @@ impl Endpoints {
         match self.known(pod, node) {
             None => Ok(IdentityId::INIT),
             Some(known) if known.mirror => Ok(IdentityId::UNMANAGED),
+            // A policy may mean the namespace's labels: without them nobody knows what is denied.
+            Some(known) if !self.knows_namespace(&known.namespace) => Ok(IdentityId::INIT),
             Some(known) => {
                 let namespace = self.namespaces.get(&known.namespace);
                 identities.acquire(&workload_labels(known, namespace, &self.config))
