@@ -251,14 +251,23 @@ pub struct Hammer {
 impl Hammer {
     /// Starts it; returns when every address has been sent to.
     pub fn start(from: &Pod, to: &[std::net::SocketAddr]) -> Result<Self> {
+        Self::start_in(&from.place(), &from.log("hammer"), 500, to)
+    }
+
+    /// The same from any place, with so many datagrams per second and address.
+    pub fn start_in(
+        place: &Place,
+        log: &std::path::Path,
+        rate: u32,
+        to: &[std::net::SocketAddr],
+    ) -> Result<Self> {
         use std::io::BufRead as _;
-        let place = from.place();
+        let (rate, log) = (rate.to_string(), log.to_path_buf());
         let to: Vec<_> = to.iter().map(ToString::to_string).collect();
         let app = place.app.to_string_lossy();
-        let log = from.log("hammer");
         let errors = std::fs::File::options().create(true).append(true).open(&log)?;
         let mut child = place
-            .command([&app as &str, "hammer", "--to", &to.join(",")])
+            .command([&app as &str, "hammer", "--rate", &rate, "--to", &to.join(",")])
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
             .stderr(errors)

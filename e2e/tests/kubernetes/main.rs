@@ -29,6 +29,21 @@ const SCENARIOS: &[Scenario] = &[
     ("pods_reach_pods_on_other_nodes", traffic::pods_reach_pods),
     ("services_and_dns_work", traffic::services_and_dns),
     ("nodes_and_pods_reach_each_other", traffic::nodes_and_pods),
+    (
+        "three_tiers_from_default_deny_to_what_they_need",
+        policy::three_tiers,
+    ),
+    (
+        "an_application_stack_in_four_namespaces",
+        policy::application_stack,
+    ),
+    (
+        "services_are_judged_on_the_final_address",
+        policy::services_with_policy,
+    ),
+    ("the_same_with_iptables", policy::services_with_iptables),
+    ("a_new_pod_is_closed_from_its_first_moment", policy::first_packets),
+    ("a_sample_of_cyclonus", policy::cyclonus_sample),
     ("deleting_an_agent_pod_loses_nothing", failures::agent_pod_deleted),
     ("another_keyd_takes_over", failures::keyd_leader_killed),
     (

@@ -105,6 +105,13 @@ impl<'a> Town<'a> {
         Ok(())
     }
 
+    /// More pods.
+    pub(crate) fn add(&mut self, workloads: Vec<Workload>) -> Result<()> {
+        let names: BTreeSet<_> = workloads.iter().map(|pod| pod.name.clone()).collect();
+        self.workloads.extend(workloads);
+        self.start(|name| names.contains(name))
+    }
+
     /// Deletes all pods and makes them anew; they must come back with other addresses.
     pub(crate) fn recreate(&mut self) -> Result<()> {
         for namespace in self.namespaces() {
@@ -131,8 +138,8 @@ impl<'a> Town<'a> {
         self.places.insert(name.to_owned(), address);
     }
 
-    /// Its address of the same family as another one.
-    fn addresses(&self, name: &str) -> Result<Vec<IpAddr>> {
+    /// The addresses behind a name of the table.
+    pub(crate) fn addresses(&self, name: &str) -> Result<Vec<IpAddr>> {
         if let Some(service) = name.strip_prefix("svc/") {
             let addresses = self.services.get(service);
             return addresses
