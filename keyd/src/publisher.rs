@@ -291,7 +291,7 @@ impl Publisher {
             issued_unix_ms: i64::try_from(now).unwrap_or(i64::MAX),
             expires_unix_ms: i64::try_from(now.saturating_add(self.term.expiry_ms)).unwrap_or(i64::MAX),
             entries: self.entries.len() as u64,
-            digest: self.entries.digest().to_vec(),
+            digest: self.entries.digest_and_keep().to_vec(),
         });
         let updates: Arc<[Update]> = chunks(
             (self.term.epoch, version),

@@ -148,21 +148,25 @@ impl Directory {
         if !change.snapshot && (self.current.is_none() || manifest.epoch != have_epoch) {
             return Err(SnapshotError::NeedsSnapshot);
         }
-        let mut entries = if change.snapshot {
-            EntrySet::default()
-        } else {
-            self.entries.clone()
+        let proves = |entries: &mut EntrySet| {
+            entries.len() as u64 == manifest.entries
+                && entries.digest_and_keep().as_slice() == manifest.digest
         };
-        for key in &change.removes {
-            entries.remove(key);
+        if change.snapshot {
+            let mut entries = EntrySet::default();
+            entries.change(&change.removes, &change.upserts);
+            if !proves(&mut entries) {
+                return Err(SnapshotError::Digest);
+            }
+            self.entries = entries;
+        } else {
+            // In place: a copy of everything for each small change would cost more than the change.
+            let undo = self.entries.change(&change.removes, &change.upserts);
+            if !proves(&mut self.entries) {
+                self.entries.revert(undo);
+                return Err(SnapshotError::Digest);
+            }
         }
-        for entry in &change.upserts {
-            entries.upsert(entry.clone());
-        }
-        if entries.len() as u64 != manifest.entries || entries.digest().as_slice() != manifest.digest {
-            return Err(SnapshotError::Digest);
-        }
-        self.entries = entries;
         self.current = Some((manifest, signed));
         Ok(())
     }

@@ -8,24 +8,88 @@ use prost::Message as _;
 use super::CHUNK_BYTES;
 use crate::proto::{Entry, EntryKey, SignedManifest, Update};
 
-/// All entries of a directory, by kind and key, with the hash of each, so that a change hashes only what changed
-/// and 32 bytes per entry.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+/// So many entries lie between two checkpoints of the digest.
+const CHECKPOINT_EVERY: usize = 512;
+
+/// All entries of a directory, by kind and key, with the hash of each and the state of the digest at some places: a
+/// change hashes only what changed, and 32 bytes per entry behind it.
+#[derive(Clone, Default)]
 pub struct EntrySet {
-    entries: BTreeMap<(i32, String), (Vec<u8>, [u8; 32])>,
+    entries: BTreeMap<Name, Hashed>,
+    /// The digest of everything before an entry that was there when it was taken.
+    checkpoints: BTreeMap<Name, Context>,
 }
+
+impl PartialEq for EntrySet {
+    fn eq(&self, other: &Self) -> bool {
+        self.entries == other.entries
+    }
+}
+
+impl Eq for EntrySet {}
+
+impl std::fmt::Debug for EntrySet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_map()
+            .entries(self.entries.iter().map(|(name, (value, _))| (name, value)))
+            .finish()
+    }
+}
+
+/// Kind and key.
+type Name = (i32, String);
+/// A value and its entry's hash.
+type Hashed = (Vec<u8>, [u8; 32]);
+
+/// What [`EntrySet::change`] replaced, oldest first.
+#[derive(Debug)]
+pub(super) struct Undo(Vec<(Name, Option<Hashed>)>);
 
 impl EntrySet {
     /// Inserts or replaces an entry; true where that changed something.
     pub fn upsert(&mut self, entry: Entry) -> bool {
         let hash = entry_digest(&entry);
-        let old = self.entries.insert((entry.kind, entry.key), (entry.value, hash));
+        let old = self.put((entry.kind, entry.key), Some((entry.value, hash)));
         old.is_none_or(|(_, old)| old != hash)
     }
 
     /// Removes an entry; true where it was there.
     pub fn remove(&mut self, key: &EntryKey) -> bool {
-        self.entries.remove(&(key.kind, key.key.clone())).is_some()
+        self.put((key.kind, key.key.clone()), None).is_some()
+    }
+
+    /// Replaces an entry and forgets the checkpoints behind it; returns what was there.
+    fn put(&mut self, name: Name, new: Option<Hashed>) -> Option<Hashed> {
+        // A checkpoint at the very name does not cover it, but must not stay where the entry goes.
+        drop(self.checkpoints.split_off(&name));
+        match new {
+            Some(new) => self.entries.insert(name, new),
+            None => self.entries.remove(&name),
+        }
+    }
+
+    /// Removes and upserts, in this order; what comes back takes all of it back again.
+    pub(super) fn change(&mut self, removes: &[EntryKey], upserts: &[Entry]) -> Undo {
+        let mut undo = Vec::with_capacity(removes.len() + upserts.len());
+        for key in removes {
+            let name = (key.kind, key.key.clone());
+            let old = self.put(name.clone(), None);
+            undo.push((name, old));
+        }
+        for entry in upserts {
+            let name = (entry.kind, entry.key.clone());
+            let new = (entry.value.clone(), entry_digest(entry));
+            let old = self.put(name.clone(), Some(new));
+            undo.push((name, old));
+        }
+        Undo(undo)
+    }
+
+    /// Takes a change back.
+    pub(super) fn revert(&mut self, undo: Undo) {
+        for (name, old) in undo.0.into_iter().rev() {
+            self.put(name, old);
+        }
     }
 
     /// How many entries there are.
@@ -49,11 +113,34 @@ impl EntrySet {
 
     /// SHA-256 over the entries' hashes, sorted by kind and key.
     pub fn digest(&self) -> [u8; 32] {
-        let mut all = Context::new(&SHA256);
-        for (_, hash) in self.entries.values() {
-            all.update(hash);
+        self.digest_from_checkpoint().0
+    }
+
+    /// As [`Self::digest`]; the next one begins where nothing has changed since.
+    pub fn digest_and_keep(&mut self) -> [u8; 32] {
+        let (digest, checkpoints) = self.digest_from_checkpoint();
+        self.checkpoints.extend(checkpoints);
+        digest
+    }
+
+    /// The digest, and the checkpoints passed on the way.
+    fn digest_from_checkpoint(&self) -> ([u8; 32], Vec<(Name, Context)>) {
+        let (mut all, rest) = match self.checkpoints.last_key_value() {
+            Some((name, state)) => (state.clone(), self.entries.range(name.clone()..)),
+            None => (Context::new(&SHA256), self.entries.range::<Name, _>(..)),
+        };
+        let mut passed = vec![];
+        let mut hashes = Vec::with_capacity(32 * CHECKPOINT_EVERY);
+        for (count, (name, (_, hash))) in rest.enumerate() {
+            if count > 0 && count.is_multiple_of(CHECKPOINT_EVERY) {
+                all.update(&hashes);
+                hashes.clear();
+                passed.push((name.clone(), all.clone()));
+            }
+            hashes.extend_from_slice(hash);
         }
-        finish(all)
+        all.update(&hashes);
+        (finish(all), passed)
     }
 }
 
@@ -149,6 +236,62 @@ mod tests {
         c.upsert(entry("ab", b"c"));
         d.upsert(entry("a", b"bc"));
         assert_ne!(c.digest(), d.digest());
+    }
+
+    #[test]
+    fn checkpoints_change_nothing() {
+        let mut set = EntrySet::default();
+        let mut dice = 1_u64;
+        let mut roll = |sides: u64| {
+            // A linear congruential generator (Knuth): any spread will do.
+            dice = dice
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (dice >> 33) % sides
+        };
+        for _ in 0..200 {
+            for _ in 0..roll(300) {
+                let (kind, key) = (1 + roll(3) as i32, format!("k{}", roll(2000)));
+                match roll(4) {
+                    0 => drop(set.remove(&EntryKey { kind, key })),
+                    n => drop(set.upsert(Entry {
+                        kind,
+                        key,
+                        value: vec![n as u8],
+                    })),
+                }
+            }
+            let mut fresh = EntrySet::default();
+            fresh.change(&[], &set.iter().collect::<Vec<_>>());
+            assert_eq!(set.digest(), fresh.digest());
+            assert_eq!(set.digest_and_keep(), fresh.digest());
+            assert_eq!(set.digest(), fresh.digest());
+        }
+        assert!(set.checkpoints.len() > 3);
+    }
+
+    #[test]
+    fn a_change_can_be_taken_back() {
+        let key = |key: &str| EntryKey {
+            kind: 1,
+            key: key.into(),
+        };
+        let mut set = EntrySet::default();
+        set.change(&[], &[entry("a", b"1"), entry("b", b"2")]);
+        let before = set.clone();
+        let removes = [key("a"), key("missing"), key("a")];
+        let upserts = [
+            entry("a", b"3"),
+            entry("b", b"4"),
+            entry("b", b"5"),
+            entry("c", b"6"),
+        ];
+        let undo = set.change(&removes, &upserts);
+        let values: Vec<_> = set.iter().map(|entry| entry.value).collect();
+        assert_eq!(values, [b"3", b"5", b"6"]);
+        set.revert(undo);
+        assert_eq!(set, before);
+        assert_eq!(set.digest(), before.digest());
     }
 
     #[test]
