@@ -3,6 +3,7 @@
 //! Nothing here depends on tools of the machine, so that a check means the same everywhere.
 
 pub mod ask;
+pub mod flood;
 pub mod flow;
 pub mod hammer;
 pub mod ping;

@@ -8,6 +8,7 @@ use serde::Serialize;
 use warren_e2e::{
     app::{
         ask::{AskArgs, ask},
+        flood::{FloodArgs, flood},
         flow::{self, FlowArgs},
         hammer::{HammerArgs, hammer},
         ping::{PingArgs, ping},
@@ -49,6 +50,8 @@ enum Verb {
     Hammer(HammerArgs),
     /// Says when each datagram arrived.
     Stamps(StampsArgs),
+    /// One datagram from every port.
+    Flood(FloodArgs),
     /// Runs a command in another process's namespaces.
     Enter(EnterArgs),
     /// The child of `enter`.
@@ -124,6 +127,7 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Session(args) => session(&args).map(|()| 0),
         Verb::Hammer(args) => print(&hammer(&args)?),
         Verb::Stamps(args) => stamps(&args).map(|()| 0),
+        Verb::Flood(args) => print(&flood(&args)?),
         Verb::Enter(args) => inside::enter(&args),
         Verb::Exec(args) => inside::exec_child(&args).map(|()| 0),
         Verb::Reaper(args) => inside::reaper(&args).map(|()| 0),

@@ -14,11 +14,13 @@
 pub mod binaries;
 pub mod check;
 pub mod cni;
+mod force;
 pub mod manifests;
 pub mod net;
 mod node;
 mod options;
 mod pod;
+pub mod policies;
 pub mod process;
 mod running;
 pub mod seen;

@@ -3,14 +3,14 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
-use warren_agent_api::{AgentStatus, EncryptStatus};
+use warren_agent_api::{AgentStatus, EncryptStatus, EventStatus, Request, Response};
 use warren_model::{Datapath, DatapathChoice, PrefixSource};
 
 use super::{
@@ -355,6 +355,24 @@ impl Node {
     /// `mesh-agent status -o json`.
     pub fn agent_status(&self) -> Result<AgentStatus> {
         self.query(&["mesh-agent", "status", "-o", "json"])
+    }
+
+    /// Asks the agent over its socket, as the programs on the node do.
+    pub fn ask_agent(&self, request: &Request) -> Result<Response> {
+        // The node's files, seen from outside.
+        let socket = format!("/proc/{}/root{AGENT_SOCKET}", self.try_place()?.pid);
+        match warren_agent_api::call(Path::new(&socket), request, Duration::from_secs(10))? {
+            Response::Error { message, .. } => bail!("the agent of {}: {message}", self.name),
+            response => Ok(response),
+        }
+    }
+
+    /// The last events of the programs on this node, oldest first.
+    pub fn policy_events(&self) -> Result<Vec<EventStatus>> {
+        match self.ask_agent(&Request::PolicyEvents { limit: 10_000 })? {
+            Response::Events { events, .. } => Ok(events),
+            other => bail!("the agent of {} answered {other:?}", self.name),
+        }
     }
 
     fn query<T: serde::de::DeserializeOwned>(&self, command: &[&str]) -> Result<T> {
