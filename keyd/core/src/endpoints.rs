@@ -29,6 +29,8 @@ struct Instance {
     reported: BTreeSet<IpAddr>,
     /// By the API.
     status: BTreeSet<IpAddr>,
+    /// Those of them that it owns.
+    owned: BTreeSet<IpAddr>,
     /// Given up by the node's agent, whatever the API still says.
     released: BTreeSet<IpAddr>,
     identity: IdentityId,
@@ -41,6 +43,7 @@ impl Instance {
             node,
             reported: BTreeSet::new(),
             status: BTreeSet::new(),
+            owned: BTreeSet::new(),
             released: BTreeSet::new(),
             identity: IdentityId::UNKNOWN,
             policy_audit: false,
@@ -266,17 +269,19 @@ impl Endpoints {
         }
         self.owners.remove(&address);
         self.touched.insert(address);
-        if let Some(instance) = self.instances.get(pod)
-            && let Some(addresses) = self.by_node.get_mut(&instance.node)
-        {
-            addresses.remove(&address);
+        if let Some(instance) = self.instances.get_mut(pod) {
+            instance.owned.remove(&address);
+            if let Some(addresses) = self.by_node.get_mut(&instance.node) {
+                addresses.remove(&address);
+            }
         }
         // Somebody may be waiting for exactly this address.
         self.dirty.extend(self.unsettled.keys().cloned());
     }
     fn drop_instance(&mut self, pod: &PodRef, identities: &mut Identities, now: u64) {
-        let owned: Vec<_> = match self.instances.get(pod) {
-            Some(instance) => instance.wanted().into_iter().collect(),
+        // Not what it wants: it may own what it has just stopped wanting.
+        let owned = match self.instances.get(pod) {
+            Some(instance) => instance.owned.clone(),
             None => return,
         };
         for address in owned {

@@ -55,19 +55,15 @@ impl Endpoints {
                 }
             }
         }
-        let owned: BTreeSet<_> = self
-            .by_node
-            .get(&node)
-            .into_iter()
-            .flatten()
-            .filter(|ip| self.owners.get(ip) == Some(pod))
-            .copied()
-            .collect();
+        let owned = instance.owned.clone();
         for address in owned.difference(&allowed) {
             self.disown(pod, *address);
         }
         for address in allowed.difference(&owned) {
             self.owners.insert(*address, pod.clone());
+            if let Some(instance) = self.instances.get_mut(pod) {
+                instance.owned.insert(*address);
+            }
             self.by_node.entry(node.clone()).or_default().insert(*address);
             self.touched.insert(*address);
         }
@@ -80,11 +76,7 @@ impl Endpoints {
         let Some(instance) = self.instances.get(pod) else {
             return;
         };
-        let owned: Vec<_> = instance
-            .wanted()
-            .into_iter()
-            .filter(|ip| self.owners.get(ip) == Some(pod))
-            .collect();
+        let owned = instance.owned.clone();
         let old = (instance.identity, instance.policy_audit);
         let identity = if owned.is_empty() {
             Ok(IdentityId::UNKNOWN)
@@ -112,7 +104,7 @@ impl Endpoints {
             instance.policy_audit = policy_audit;
         }
         if old != (new, policy_audit) {
-            self.touched.extend(owned);
+            self.touched.extend(&owned);
         }
     }
     /// Pods that got no identity of their own try again.

@@ -32,6 +32,8 @@ struct Entry {
 #[derive(Debug, Clone)]
 pub struct SelectorCache {
     identities: BTreeMap<IdentityId, (Labels, BTreeSet<SelectorId>)>,
+    /// Identities by label: those that a new selector can match at all.
+    labelled: HashMap<Anchor, BTreeSet<IdentityId>>,
     entries: BTreeMap<SelectorId, Entry>,
     numbers: HashMap<Selector, SelectorId>,
     anchored: HashMap<Anchor, BTreeSet<SelectorId>>,
@@ -44,17 +46,20 @@ impl Default for SelectorCache {
     fn default() -> Self {
         let reserved = (1..IdentityId::FIRST_ALLOCATED.0)
             .map(|number| (IdentityId(number), reserved_labels(IdentityId(number), false)))
-            .filter(|(_, labels)| !labels.0.is_empty())
-            .map(|(id, labels)| (id, (labels, BTreeSet::new())))
-            .collect();
-        Self {
-            identities: reserved,
+            .filter(|(_, labels)| !labels.0.is_empty());
+        let mut cache = Self {
+            identities: BTreeMap::new(),
+            labelled: HashMap::new(),
             entries: BTreeMap::new(),
             numbers: HashMap::new(),
             anchored: HashMap::new(),
             loose: BTreeSet::new(),
             next: 1,
+        };
+        for (identity, labels) in reserved {
+            cache.upsert_identity(identity, &labels);
         }
+        cache
     }
 }
 
@@ -69,10 +74,9 @@ impl SelectorCache {
         }
         let id = SelectorId(self.next);
         self.next += 1;
-        let mut members = BTreeSet::new();
-        for (identity, (labels, matched)) in &mut self.identities {
-            if selector.matches(labels) {
-                members.insert(*identity);
+        let members = self.matching(selector);
+        for identity in &members {
+            if let Some((_, matched)) = self.identities.get_mut(identity) {
                 matched.insert(id);
             }
         }
@@ -143,7 +147,13 @@ impl SelectorCache {
             })
             .collect();
         let slot = self.identities.entry(identity).or_default();
-        let before = std::mem::replace(slot, (labels.clone(), now.clone())).1;
+        let (old, before) = std::mem::replace(slot, (labels.clone(), now.clone()));
+        if old != *labels {
+            self.unfile(identity, &old);
+            for anchor in anchors_of(labels) {
+                self.labelled.entry(anchor).or_default().insert(identity);
+            }
+        }
         self.changes(identity, &before, &now)
     }
 
@@ -152,9 +162,10 @@ impl SelectorCache {
         if identity < IdentityId::FIRST_ALLOCATED {
             return Vec::new();
         }
-        let Some((_, before)) = self.identities.remove(&identity) else {
+        let Some((labels, before)) = self.identities.remove(&identity) else {
             return Vec::new();
         };
+        self.unfile(identity, &labels);
         self.changes(identity, &before, &BTreeSet::new())
     }
 
@@ -203,13 +214,43 @@ impl SelectorCache {
     /// Selectors that could match: those with an anchor among the labels, and the loose ones.
     fn candidates(&self, labels: &Labels) -> BTreeSet<SelectorId> {
         let mut out = self.loose.clone();
-        for (key, value) in &labels.0 {
-            let name = key.split_once(':').map_or(key.as_str(), |(_, name)| name);
-            for anchor in [(name.to_owned(), Some(value.clone())), (name.to_owned(), None)] {
-                out.extend(self.anchored.get(&anchor).into_iter().flatten());
-            }
+        for anchor in anchors_of(labels) {
+            out.extend(self.anchored.get(&anchor).into_iter().flatten());
         }
         out
+    }
+
+    /// The identities that a selector matches; tries only those that have a label it asks for.
+    fn matching(&self, selector: &Selector) -> BTreeSet<IdentityId> {
+        let matches = |identity: &IdentityId| {
+            self.identities
+                .get(identity)
+                .is_some_and(|(labels, _)| selector.matches(labels))
+        };
+        let filed = |anchors: &Vec<Anchor>| -> usize {
+            let sets = anchors.iter().filter_map(|anchor| self.labelled.get(anchor));
+            sets.map(BTreeSet::len).sum()
+        };
+        // Any requirement that asks for a label will do: the one that fewest identities have.
+        let all = selector.requirements().iter().filter_map(requirement_anchors);
+        match all.min_by_key(filed) {
+            Some(anchors) => {
+                let sets = anchors.iter().filter_map(|anchor| self.labelled.get(anchor));
+                sets.flatten().copied().filter(matches).collect()
+            }
+            None => self.identities.keys().copied().filter(matches).collect(),
+        }
+    }
+
+    fn unfile(&mut self, identity: IdentityId, labels: &Labels) {
+        for anchor in anchors_of(labels) {
+            if let Some(identities) = self.labelled.get_mut(&anchor) {
+                identities.remove(&identity);
+                if identities.is_empty() {
+                    self.labelled.remove(&anchor);
+                }
+            }
+        }
     }
 
     fn changes(
@@ -260,13 +301,27 @@ fn anchors(selector: &Selector) -> Option<Vec<Anchor>> {
         .iter()
         .filter(|r| rank(r).is_some())
         .min_by_key(rank)?;
-    let name = best.key.name.clone();
-    Some(match &best.operator {
-        Operator::In(values) => values
-            .iter()
-            .map(|value| (name.clone(), Some(value.clone())))
-            .collect(),
-        _ => vec![(name, None)],
+    requirement_anchors(best)
+}
+
+/// What a requirement asks for, any of which is enough; `None` where it does not ask for a label to be there.
+fn requirement_anchors(requirement: &Requirement) -> Option<Vec<Anchor>> {
+    let name = &requirement.key.name;
+    match &requirement.operator {
+        Operator::In(values) => {
+            let anchor = |value: &String| (name.clone(), Some(value.clone()));
+            Some(values.iter().map(anchor).collect())
+        }
+        Operator::Exists => Some(vec![(name.clone(), None)]),
+        Operator::NotIn(_) | Operator::DoesNotExist => None,
+    }
+}
+
+/// What labels offer, whatever their sources.
+fn anchors_of(labels: &Labels) -> impl Iterator<Item = Anchor> + '_ {
+    labels.0.iter().flat_map(|(key, value)| {
+        let name = key.split_once(':').map_or(key.as_str(), |(_, name)| name);
+        [(name.to_owned(), Some(value.clone())), (name.to_owned(), None)]
     })
 }
 
@@ -350,6 +405,8 @@ mod tests {
         assert!(!cache.release(id) && cache.release(id) && cache.is_empty());
         assert!(cache.upsert_identity(web(1).0, &web(1).1).is_empty());
         assert!(cache.anchored.is_empty() && cache.loose.is_empty());
+        cache.remove_identity(web(1).0);
+        assert_eq!(cache.labelled, SelectorCache::default().labelled);
         assert_ne!(
             cache.acquire(&is("app", "web1")).0,
             id,
@@ -414,6 +471,18 @@ mod tests {
                     "{selector} {of}"
                 );
             }
+        }
+        // Selectors that come after the identities find the same members.
+        let late: Vec<_> = ids
+            .iter()
+            .map(|id| cache.members(*id).collect::<BTreeSet<_>>())
+            .collect();
+        for id in ids {
+            cache.release(id);
+        }
+        for (selector, members) in selectors.iter().zip(late) {
+            let (id, _) = cache.acquire(selector);
+            assert_eq!(cache.members(id).collect::<BTreeSet<_>>(), members, "{selector}");
         }
     }
 }

@@ -1,8 +1,8 @@
 //! What goes into the machine and what comes out.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use warren_model::NodeName;
+use warren_model::{NodeName, PublicKey};
 
 use super::{
     keys::NodeKeys,
@@ -48,12 +48,12 @@ pub enum Event {
     Connected(NodeName),
     /// An agent's stream ended.
     Disconnected(NodeName),
-    /// The generations whose private keys an agent has. Sent first in a stream and at each change.
+    /// The private keys that an agent has. Sent first in a stream and at each change.
     Held {
         /// The node.
         node: NodeName,
-        /// All of them.
-        generations: BTreeSet<u64>,
+        /// Public halves by generation: after a disk was replaced a generation may name another key than was proved.
+        keys: BTreeMap<u64, PublicKey>,
     },
     /// The state of an agent's paths: all of them first in a stream, then the pairs that changed.
     Report {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::NodeName;
+use warren_model::{NodeName, PublicKey};
 
 use super::{
     keys::NodeKeys,
@@ -39,8 +39,8 @@ pub(super) struct Member {
     pub(super) keys: NodeKeys,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) connected: bool,
-    /// Generations whose private half the agent has, as it said since it connected.
-    pub(super) held: Option<BTreeSet<u64>>,
+    /// Keys whose private half the agent has, as it said since it connected.
+    pub(super) held: Option<BTreeMap<u64, PublicKey>>,
     pub(super) reports: Reports,
     /// A change of the keys is being written.
     pub(super) writing: bool,
@@ -52,9 +52,11 @@ impl Member {
         !self.keys.slots.is_empty()
     }
 
-    /// Whether the agent says that it has no private key of a generation.
+    /// Whether the agent says that it has not got the private key of a published generation.
     pub(super) fn lacks(&self, generation: u64) -> bool {
-        self.connected && self.held.as_ref().is_some_and(|held| !held.contains(&generation))
+        let key = self.keys.key(generation);
+        let has = |held: &BTreeMap<_, _>| key.is_some() && held.get(&generation) == key.as_ref();
+        self.connected && self.held.as_ref().is_some_and(|held| !has(held))
     }
 
     /// Whether the key that others send with is lost.
@@ -73,8 +75,8 @@ pub(super) struct Flight {
     /// The active generation it began with.
     pub(super) from: u64,
     pub(super) quiet_since: Option<u64>,
-    /// The agent was asked in this session.
-    pub(super) asked: bool,
+    /// What the agent was asked for in this session.
+    pub(super) asked: Option<u64>,
     /// The peer that was missing last.
     pub(super) waiting_for: Option<NodeName>,
     /// Past its deadline and past the point of no return.
@@ -87,7 +89,7 @@ impl Flight {
             began,
             from,
             quiet_since: None,
-            asked: false,
+            asked: None,
             waiting_for: None,
             stalled: false,
         }
@@ -191,7 +193,8 @@ impl View<'_> {
     }
 
     fn ask(&self, flight: &Flight, generation: u64) -> Step {
-        match self.member.connected && !flight.asked {
+        // What the agent has comes first: which key it needs depends on that.
+        match self.member.connected && self.member.held.is_some() && flight.asked != Some(generation) {
             true => Step::Ask(generation),
             false => Step::WaitFor(self.name.clone()),
         }
@@ -260,7 +263,7 @@ impl View<'_> {
                 .member
                 .held
                 .as_ref()
-                .is_some_and(|held| held.iter().all(|generation| *generation >= keys.active));
+                .is_some_and(|held| held.keys().all(|generation| *generation >= keys.active));
         let missing = match destroyed {
             false => Some(self.name.clone()),
             true => self.first_pair(flight, |_, other| {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::{NodeName, SlotKey};
+use warren_model::{NodeName, PublicKey, SlotKey};
 
 use super::{
     event::{Event, Output},
@@ -44,7 +44,7 @@ impl Machine {
             Event::RotationGone(name) => drop(self.rotations.remove(&name)),
             Event::Connected(node) => self.session(&node, true),
             Event::Disconnected(node) => self.session(&node, false),
-            Event::Held { node, generations } => self.held(now, &node, generations),
+            Event::Held { node, keys } => self.held(now, &node, keys),
             Event::Report { node, pairs } => {
                 if let Some(member) = self.members.get_mut(&node).filter(|member| member.connected) {
                     pairs.into_iter().for_each(|pair| member.reports.put(pair));
@@ -71,7 +71,7 @@ impl Machine {
         let from = member.keys.generations().first().copied().unwrap_or_default();
         let unfinished = member.keys.candidate().is_some() || member.keys.former().is_some();
         if let Some(flight) = self.flights.get_mut(&node) {
-            flight.asked = false;
+            flight.asked = None;
             flight.waiting_for = None;
         } else if unfinished {
             // Somebody else began it: a leader before us, or beside us.
@@ -106,15 +106,15 @@ impl Machine {
             member.reports.clear();
         }
         if let Some(flight) = self.flights.get_mut(node) {
-            flight.asked = false;
+            flight.asked = None;
         }
     }
 
-    fn held(&mut self, now: u64, node: &NodeName, generations: BTreeSet<u64>) {
+    fn held(&mut self, now: u64, node: &NodeName, keys: BTreeMap<u64, PublicKey>) {
         let Some(member) = self.members.get_mut(node).filter(|member| member.connected) else {
             return;
         };
-        member.held = Some(generations);
+        member.held = Some(keys);
         if member.is_cut_off() {
             let flight = Flight::new(now, member.keys.active);
             self.flights.entry(node.clone()).or_insert(flight);
@@ -242,7 +242,7 @@ impl Machine {
                 }
             }
             Step::Ask(generation) => {
-                flight.asked = true;
+                flight.asked = Some(generation);
                 let node = node.clone();
                 self.out.push(Output::AskKey { node, generation });
             }

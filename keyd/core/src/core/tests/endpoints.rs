@@ -314,3 +314,18 @@ fn a_pod_waits_for_an_address_until_its_owner_is_gone() {
     assert_eq!(index.workload("10.244.1.5").unwrap().0, "shop/new");
     assert_eq!(index.core.problems(), Vec::<String>::new());
 }
+
+#[test]
+fn a_pod_that_changes_its_address_and_goes_leaves_nothing_behind() {
+    let mut index = Index::synced(Mode::Kubernetes, 1);
+    index.source(SourceEvent::PodUpsert(pod("a-1", 1, Some("10.244.1.5"))));
+    // Both before the next poll.
+    let moved = SourceEvent::PodUpsert(pod("a-1", 1, Some("10.244.1.6")));
+    index.core.handle(index.now, crate::Event::Source(moved));
+    index.source(SourceEvent::PodDelete {
+        namespace: "shop".into(),
+        name: "a-1".into(),
+    });
+    index.source(SourceEvent::PodUpsert(pod("b-1", 1, Some("10.244.1.5"))));
+    assert_eq!(index.workload("10.244.1.5").unwrap().0, "shop/b-1");
+}

@@ -313,7 +313,7 @@ fn history(steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
     fn increments_lead_to_what_the_objects_mean(steps in prop::collection::vec(step(), 1..80)) {
