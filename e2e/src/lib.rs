@@ -6,11 +6,13 @@
 //! namespace, and nothing it sends can leave the machine.
 
 pub mod app;
+pub mod bench;
 pub mod capture;
 pub mod cluster;
 pub mod demo;
 pub mod forge;
 pub mod inside;
+pub mod kernel;
 pub mod lab;
 pub mod oracle;
 pub mod scenario;

@@ -15,6 +15,16 @@ pub(crate) struct Passed {
     pub(crate) arguments: Vec<String>,
 }
 
+impl Passed {
+    /// The same arguments behind a word.
+    pub(crate) fn behind(&self, word: &str) -> Self {
+        let words = std::iter::once(word.to_owned()).chain(self.arguments.iter().cloned());
+        Self {
+            arguments: words.collect(),
+        }
+    }
+}
+
 /// See `warren-demo --help`.
 pub(crate) fn demo(passed: &Passed) -> Result<()> {
     stand_alone("warren-demo", passed)
@@ -25,7 +35,8 @@ pub(crate) fn lab(passed: &Passed) -> Result<()> {
     stand_alone("warren-lab", passed)
 }
 
-fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
+/// Builds everything and runs a program that needs root and namespaces.
+pub(crate) fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf])?;
     println!("building (minutes the first time) ...");
     run(cargo().args(["build", "--workspace"]))?;

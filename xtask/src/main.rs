@@ -8,6 +8,7 @@ mod bench;
 mod command;
 mod conformance;
 mod deps;
+mod fuzz;
 mod generate;
 mod image;
 mod lab;
@@ -52,6 +53,9 @@ enum Command {
     /// How fast it is, beside others.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Random input against an independent judge.
+    #[command(subcommand)]
+    Fuzz(fuzz::Fuzz),
     /// All of cyclonus' generated network policies in a real Kubernetes cluster; every case must pass. `--json FILE`.
     Conformance(lab::Passed),
     /// What needs WireGuard in the kernel, or another kernel, in a virtual machine.
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
         Command::Deps => deps::run(),
         Command::Soak(passed) => soak::run(&passed),
         Command::Bench(bench) => bench::run(&bench),
+        Command::Fuzz(fuzz) => fuzz::run(&fuzz),
         Command::Conformance(passed) => conformance::run(&passed),
         Command::Vm(arguments) => vm::run(&arguments),
     };

@@ -27,20 +27,17 @@ pub struct TestPacket<'a> {
 pub struct TestAnswer {
     /// Its return value: `TC_ACT_...`; for `to_host` 1 = pass, 0 = drop.
     pub action: i32,
+    /// The packet goes on: to the stack, a socket, or another device.
+    pub passed: bool,
     /// The mark afterwards.
     pub mark: u32,
     /// How long one run took on average.
     pub duration: Duration,
 }
 
-impl TestAnswer {
-    /// The packet goes on, to the stack or to another device (`to_host` excepted).
-    pub fn passes(self) -> bool {
-        const UNSPEC: i32 = -1;
-        const REDIRECT: i32 = 7;
-        matches!(self.action, UNSPEC | REDIRECT)
-    }
-}
+/// `TC_ACT_UNSPEC` and `TC_ACT_REDIRECT`: what our programs say of packets that pass.
+const CLASSIFIER_PASSES: &[i32] = &[-1, 7];
+const CGROUP_PASSES: &[i32] = &[1];
 
 /// Offsets in `struct __sk_buff`, and its size.
 const MARK: usize = 8;
@@ -65,26 +62,48 @@ impl Datapath {
         options.ctx_in = Some(&before);
         options.ctx_out = Some(&mut after);
         options.repeat = packet.repeat;
-        let result = self.run(program, options)?;
+        let (result, passing) = self.run(program, options)?;
+        let action = result.return_value.cast_signed();
         let mut mark = [0; 4];
         mark.copy_from_slice(&after[MARK..MARK + 4]);
         Ok(TestAnswer {
-            action: result.return_value.cast_signed(),
+            action,
+            passed: passing.contains(&action),
             mark: u32::from_ne_bytes(mark),
             duration: result.duration,
         })
     }
 
-    fn run(&self, name: &str, options: TestRunOptions<'_>) -> Result<TestRunResult, Error> {
-        let result = match self.programs.program(name)? {
-            Program::SchedClassifier(program) => SchedClassifier::test_run(program, options),
-            Program::CgroupSkb(program) => CgroupSkb::test_run(program, options),
+    /// Also returns which values let a packet pass.
+    fn run(&self, name: &str, options: TestRunOptions<'_>) -> Result<(TestRunResult, &'static [i32]), Error> {
+        let (result, passing) = match self.programs.program(name)? {
+            Program::SchedClassifier(program) => {
+                (SchedClassifier::test_run(program, options), CLASSIFIER_PASSES)
+            }
+            Program::CgroupSkb(program) => (CgroupSkb::test_run(program, options), CGROUP_PASSES),
             other => {
                 return Err(Error::Invalid(format!(
                     "{name} cannot be run on a packet: {other:?}"
                 )));
             }
         };
-        result.map_err(|error| Error::Load(Box::new(error)))
+        Ok((result.map_err(|error| Error::Load(Box::new(error)))?, passing))
+    }
+}
+
+impl Datapath {
+    /// Forgets all flows and fragments: the next test run starts as on a node that has just booted.
+    pub fn clear_flows(&mut self) -> Result<(), Error> {
+        for flows in [&self.maps.flows.established, &self.maps.flows.new] {
+            flows.chunks(|keys, _| flows.remove_all(keys).map(|()| true))?;
+        }
+        let fragments = &self.maps.flows.fragments;
+        fragments.chunks(|keys, _| fragments.remove_all(keys).map(|()| true))?;
+        for (index, count) in self.maps.flows.counts.all()?.into_iter().enumerate() {
+            if count != 0 {
+                self.maps.flows.counts.set(index as u32, 0)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -1,6 +1,6 @@
 //! A cluster as the oracle sees it: plain facts.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use serde_json::Value;
 
@@ -26,8 +26,8 @@ pub struct Pod {
 pub struct Node {
     /// Labels of the Node object.
     pub labels: BTreeMap<String, String>,
-    /// Its address.
-    pub address: IpAddr,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
     /// It runs an API server.
     pub apiserver: bool,
 }
@@ -51,6 +51,25 @@ pub struct Cluster {
     pub groups: BTreeMap<String, Vec<String>>,
     /// The node may not reach its own pods by itself.
     pub closed_to_host: bool,
+}
+
+impl fmt::Display for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for object in self.objects.iter().chain(&self.broken) {
+            writeln!(
+                f,
+                "{}",
+                serde_json::to_string_pretty(object).map_err(|_| fmt::Error)?
+            )?;
+        }
+        for (index, pod) in self.pods.iter().enumerate() {
+            writeln!(f, "pod {index}: {pod:?}")?;
+        }
+        writeln!(f, "namespaces: {:?}", self.namespaces)?;
+        writeln!(f, "nodes: {:?}", self.nodes)?;
+        writeln!(f, "closed to the host: {}", self.closed_to_host)?;
+        write!(f, "groups: {:?}", self.groups)
+    }
 }
 
 /// One end of a connection.

@@ -2,15 +2,17 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use serde_json::Value;
-use warren_agent_core::policy::{self as engine, FirstNumbers, Maps, PolicyEngine, PolicyEvent, lookup};
+use serde_json::{Value, json};
+use warren_agent_core::policy::{
+    self as engine, FirstNumbers, MapWrite, Maps, PolicyEngine, PolicyEvent, lookup,
+};
 use warren_keyd_core::{
     Namespace as KeydNamespace, Pod as KeydPod,
     policy::{PolicyChange, PolicyRepository},
     workload_labels,
 };
 use warren_model::{
-    IdentityId, Labels,
+    ClusterConfig, IdentityId, Labels,
     policy::{Direction, NamedPorts, NodeFacts, Protocol},
 };
 
@@ -61,19 +63,7 @@ impl fmt::Display for Mismatch {
             word(!self.oracle)
         )?;
         writeln!(f, "packet: {:?}", self.packet)?;
-        for object in self.cluster.objects.iter().chain(&self.cluster.broken) {
-            writeln!(
-                f,
-                "{}",
-                serde_json::to_string_pretty(object).map_err(|_| fmt::Error)?
-            )?;
-        }
-        for (index, pod) in self.cluster.pods.iter().enumerate() {
-            writeln!(f, "pod {index}: {pod:?}")?;
-        }
-        writeln!(f, "namespaces: {:?}", self.cluster.namespaces)?;
-        writeln!(f, "nodes: {:?}", self.cluster.nodes)?;
-        write!(f, "groups: {:?}", self.cluster.groups)
+        write!(f, "{}", self.cluster)
     }
 }
 
@@ -141,6 +131,15 @@ impl Subject {
     /// Feeds a cluster. With dice, in random order and with detours: objects that come and go, identities that come
     /// late. Fails on an object that should be valid and is refused.
     pub fn new(cluster: &Cluster, dice: Option<&mut Dice>) -> Result<Self, String> {
+        Self::written(cluster, dice, |_| ())
+    }
+
+    /// As [`Subject::new`]; hands out every write to the maps.
+    pub fn written(
+        cluster: &Cluster,
+        dice: Option<&mut Dice>,
+        mut write: impl FnMut(&MapWrite),
+    ) -> Result<Self, String> {
         let mut numbers: BTreeMap<Labels, IdentityId> = BTreeMap::new();
         let mut pods = Vec::new();
         for pod in &cluster.pods {
@@ -154,8 +153,9 @@ impl Subject {
             apiservers: cluster.nodes.iter().map(|node| node.apiserver).collect(),
         };
         for step in subject.steps(cluster, &numbers, dice)? {
-            for write in subject.engine.apply(step) {
-                subject.maps.apply(&write);
+            for one in subject.engine.apply(step) {
+                subject.maps.apply(&one);
+                write(&one);
             }
         }
         if subject.maps != subject.engine.contents() {
@@ -201,7 +201,8 @@ impl Subject {
         }
     }
 
-    fn identity(&self, party: Party) -> IdentityId {
+    /// The identity of a party.
+    pub fn identity(&self, party: Party) -> IdentityId {
         match party {
             Party::Pod(index) => self.pods[index],
             Party::Node(0) => IdentityId::HOST,
@@ -223,15 +224,14 @@ impl Subject {
         numbers: &BTreeMap<Labels, IdentityId>,
         dice: Option<&mut Dice>,
     ) -> Result<Vec<Vec<PolicyEvent>>, String> {
-        let mut repository = PolicyRepository::default();
+        let mut repository = PolicyRepository::new(config(cluster));
         let mut steps = vec![vec![node(cluster)]];
         for (name, cidrs) in &cluster.groups {
             let cidrs = cidrs
                 .iter()
                 .map(|cidr| cidr.parse().map_err(|_| format!("{cidr} is no prefix")));
-            steps.push(events(
-                repository.set_group(name, Some(cidrs.collect::<Result<_, _>>()?)),
-            ));
+            let group = Ok(cidrs.collect::<Result<_, _>>()?);
+            steps.push(events(repository.set_group(name, Some(group))));
         }
         let mut todo: Vec<Todo<'_>> = Vec::new();
         todo.extend(
@@ -343,12 +343,23 @@ fn events(changes: Vec<PolicyChange>) -> Vec<PolicyEvent> {
     changes.into_iter().filter_map(event).collect()
 }
 
+/// A configuration in which nothing is left out but the name.
+fn config(cluster: &Cluster) -> ClusterConfig {
+    let given = json!({
+        "clusterName": cluster.name,
+        "podPools": ["10.244.0.0/16"],
+        "nodePools": ["172.30.0.0/16"],
+    });
+    serde_json::from_value(given).expect("a configuration")
+}
+
 fn identity_labels(cluster: &Cluster, pod: &Pod) -> Labels {
     let keyd_pod = KeydPod {
         namespace: pod.namespace.clone(),
         name: pod.name.clone(),
         labels: pod.labels.clone(),
         service_account: pod.service_account.clone(),
+        ports: named_ports(pod),
         ..KeydPod::default()
     };
     let labels = cluster
@@ -360,7 +371,7 @@ fn identity_labels(cluster: &Cluster, pod: &Pod) -> Labels {
         name: pod.namespace.clone(),
         labels,
     };
-    workload_labels(&keyd_pod, Some(&namespace), &cluster.name)
+    workload_labels(&keyd_pod, Some(&namespace), &config(cluster))
 }
 
 fn named_ports(pod: &Pod) -> NamedPorts {

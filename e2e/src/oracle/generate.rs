@@ -37,6 +37,9 @@ const WORLD: [&str; 8] = [
     "fd00:9::1",
 ];
 
+/// Pods of other nodes.
+const STRANGERS: [&str; 2] = ["10.244.7.7", "fd00:10:244::707"];
+
 /// A cluster with policies.
 pub(super) fn cluster(dice: &mut Dice) -> Cluster {
     let mut namespaces = BTreeMap::new();
@@ -52,7 +55,10 @@ pub(super) fn cluster(dice: &mut Dice) -> Cluster {
     let nodes = (0..3)
         .map(|index| Node {
             labels: BTreeMap::from([("zone".to_owned(), dice.pick(&["east", "west"]).to_owned())]),
-            address: IpAddr::from([172, 30, 0, index + 1]),
+            addresses: vec![
+                IpAddr::from([172, 30, 0, index + 1]),
+                IpAddr::from([0xfd00, 0x172, 0x30, 0, 0, 0, 0, u16::from(index) + 1]),
+            ],
             apiserver: dice.once_in(3),
         })
         .collect();
@@ -516,10 +522,10 @@ fn peer(dice: &mut Dice, cluster: &Cluster, subject: Party) -> (Party, IpAddr) {
             }
             11 | 12 => {
                 let index = dice.roll(cluster.nodes.len());
-                (Party::Node(index), cluster.nodes[index].address)
+                (Party::Node(index), dice.pick(&cluster.nodes[index].addresses))
             }
             n => {
-                let address = IpAddr::from([10, 244, 7, 7]);
+                let address = dice.pick(&STRANGERS).parse().expect("an address");
                 let strangers = [
                     Party::Unmanaged(address),
                     Party::Health(address),

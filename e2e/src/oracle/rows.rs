@@ -52,7 +52,7 @@ fn cluster(objects: &[Value]) -> Cluster {
         nodes: (0..3)
             .map(|n| Node {
                 labels: [("zone".to_owned(), format!("z{n}"))].into(),
-                address: IpAddr::from([172, 30, 0, n + 1]),
+                addresses: vec![IpAddr::from([172, 30, 0, n + 1])],
                 apiserver: n == 2,
             })
             .collect(),
@@ -81,7 +81,7 @@ impl Ask {
     fn packet(&self, way: Way, subject: Party, peer: Party, protocol: u8, port: u16) -> bool {
         let address = match peer {
             Party::Pod(index) => self.cluster.pods[index].addresses[0],
-            Party::Node(index) => self.cluster.nodes[index].address,
+            Party::Node(index) => self.cluster.nodes[index].addresses[0],
             Party::World(address)
             | Party::Unknown(address)
             | Party::Init(address)

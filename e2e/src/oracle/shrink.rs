@@ -5,7 +5,11 @@ use serde_json::Value;
 use super::cluster::{Cluster, Packet, Party};
 
 /// The smallest cluster found for which `differs` still holds.
-pub(super) fn shrink(mut cluster: Cluster, packet: &Packet, differs: impl Fn(&Cluster) -> bool) -> Cluster {
+pub(super) fn shrink(
+    mut cluster: Cluster,
+    packet: &Packet,
+    mut differs: impl FnMut(&Cluster) -> bool,
+) -> Cluster {
     loop {
         match smaller(&cluster, packet)
             .into_iter()

@@ -1,0 +1,65 @@
+//! What policy costs: nanoseconds per packet in the programs, goodput and requests through the lab.
+
+mod programs;
+mod traffic;
+
+use std::{fs, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+pub use self::{
+    programs::{Costs, Programs},
+    traffic::{RoundsArgs, Traffic, rounds},
+};
+
+/// What `warren-bench bpf` takes.
+#[derive(Debug, clap::Args)]
+pub struct BpfArgs {
+    /// Write the figures to this file.
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Rounds in the lab, each with policy and without.
+    #[arg(long, default_value_t = 8)]
+    pub rounds: u32,
+    /// Seconds of each measurement in the lab.
+    #[arg(long, default_value_t = 2)]
+    pub seconds: u32,
+    /// Measure the programs only, no lab.
+    #[arg(long)]
+    pub no_lab: bool,
+}
+
+/// All figures.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Figures {
+    /// The programs by themselves.
+    #[serde(flatten)]
+    pub programs: Programs,
+    /// Through the lab.
+    #[serde(flatten)]
+    pub traffic: Option<Traffic>,
+}
+
+/// Measures, prints and writes.
+pub fn bpf(args: &BpfArgs) -> Result<()> {
+    let mut figures = Figures {
+        programs: programs::measure()?,
+        traffic: None,
+    };
+    if !args.no_lab {
+        figures.traffic = Some(traffic::measure(args.rounds, args.seconds)?);
+    }
+    let text = serde_json::to_string_pretty(&figures)?;
+    println!("{text}");
+    if let Some(path) = &args.json {
+        fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// The middle one.
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or_default()
+}

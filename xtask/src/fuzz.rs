@@ -1,0 +1,21 @@
+//! `cargo xtask fuzz`: random input against an independent judge.
+
+use anyhow::Result;
+use clap::Subcommand;
+
+use crate::lab::{Passed, stand_alone};
+
+/// What can be fuzzed.
+#[derive(Subcommand)]
+pub(crate) enum Fuzz {
+    /// Random policies and packets: the eBPF programs, as the kernel has loaded them, against the oracle.
+    /// `--pairs N`, `--seed S`, `--json FILE` (pairs, mismatches, seed).
+    Policy(Passed),
+}
+
+/// See `warren-fuzz --help`.
+pub(crate) fn run(fuzz: &Fuzz) -> Result<()> {
+    match fuzz {
+        Fuzz::Policy(passed) => stand_alone("warren-fuzz", &passed.behind("policy")),
+    }
+}
