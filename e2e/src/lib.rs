@@ -10,6 +10,7 @@ pub mod bench;
 pub mod capture;
 pub mod cluster;
 pub mod demo;
+pub mod first_packet;
 pub mod forge;
 pub mod inside;
 pub mod kernel;

@@ -35,6 +35,11 @@ pub(crate) fn lab(passed: &Passed) -> Result<()> {
     stand_alone("warren-lab", passed)
 }
 
+/// See `warren-first-packet --help`.
+pub(crate) fn first_packet(passed: &Passed) -> Result<()> {
+    stand_alone("warren-first-packet", passed)
+}
+
 /// Builds everything and runs a program that needs root and namespaces.
 pub(crate) fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf])?;

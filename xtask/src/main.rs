@@ -58,6 +58,8 @@ enum Command {
     Fuzz(fuzz::Fuzz),
     /// All of cyclonus' generated network policies in a real Kubernetes cluster; every case must pass. `--json FILE`.
     Conformance(lab::Passed),
+    /// A thousand pods start while others send to them: nothing that their policy denies may arrive. `--json FILE`.
+    FirstPacket(lab::Passed),
     /// What needs WireGuard in the kernel, or another kernel, in a virtual machine.
     Vm(vm::Arguments),
 }
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench::run(&bench),
         Command::Fuzz(fuzz) => fuzz::run(&fuzz),
         Command::Conformance(passed) => conformance::run(&passed),
+        Command::FirstPacket(passed) => lab::first_packet(&passed),
         Command::Vm(arguments) => vm::run(&arguments),
     };
     match result {
