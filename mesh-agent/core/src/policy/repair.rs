@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::map::{CidrKey, MapWrite, Maps, PortKey, VerdictKey};
+use super::map::{CidrKey, MapWrite, Maps, PeerKind, PortKey, VerdictKey};
 
 /// What came of a repair.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,9 +34,10 @@ pub fn repair<E: Clone>(
     keep: &BTreeSet<u16>,
     mut write: impl FnMut(&MapWrite) -> Result<(), E>,
 ) -> Repaired<E> {
+    let bridged = bridge(held, wanted);
     let mut run = Run {
         held,
-        wanted,
+        wanted: bridged.as_ref().unwrap_or(wanted),
         write: &mut write,
         out: Repaired {
             differences: 0,
@@ -48,8 +49,42 @@ pub fn repair<E: Clone>(
     let prefixes = run.prefixes();
     run.switch(prefixes);
     run.close(keep);
+    run.wanted = wanted;
     run.clear_up();
     run.out
+}
+
+/// What is wanted for as long as prefixes are found that are to go: such an address has the verdict of the next wider
+/// prefix. `None` where none is to go.
+fn bridge(held: &Maps, wanted: &Maps) -> Option<Maps> {
+    let tables: BTreeSet<u32> = wanted.endpoints.values().map(|value| value.cidr_table).collect();
+    let going: Vec<(CidrKey, u32)> = held
+        .cidrs
+        .iter()
+        .filter(|(key, _)| tables.contains(&key.table) && !wanted.cidrs.contains_key(key))
+        .map(|(key, number)| (*key, *number))
+        .collect();
+    if going.is_empty() {
+        return None;
+    }
+    let mut bridged = wanted.clone();
+    for (key, number) in going {
+        let around = wanted
+            .cidrs
+            .iter()
+            .filter(|(other, _)| other.table == key.table && other.prefix.contains(&key.prefix));
+        let Some((_, wider)) = around.max_by_key(|(other, _)| other.prefix.prefix_len()) else {
+            continue;
+        };
+        for (of, verdict) in &wanted.verdicts {
+            if matches!(of.kind, PeerKind::WorldPrefix | PeerKind::MemberPrefix) && of.id == *wider {
+                bridged
+                    .verdicts
+                    .insert(VerdictKey { id: number, ..*of }, *verdict);
+            }
+        }
+    }
+    Some(bridged)
 }
 
 struct Run<'a, E, W> {
@@ -92,7 +127,7 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
         for key in self.held.verdicts.keys() {
             if let Some(policy) = owner.get(&key.class)
                 && !wanted.verdicts.contains_key(key)
-                && matches!(key.kind, super::map::PeerKind::Identity)
+                && matches!(key.kind, PeerKind::Identity)
             {
                 deletes
                     .entry(*policy)
@@ -147,6 +182,9 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
     /// Leads ports to their classes and endpoints to their policies.
     fn switch(&mut self, prefixes: bool) {
         let wanted = self.wanted;
+        if !prefixes {
+            self.hold_back();
+        }
         let mut ports: BTreeMap<u32, Vec<PortKey>> = BTreeMap::new();
         for (key, value) in &wanted.ports {
             if self.held.ports.get(key) != Some(value) {
@@ -154,15 +192,7 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
             }
         }
         for (policy, mut keys) in ports {
-            let rests_on_prefixes = keys.iter().any(|key| wanted.ports[key].has_cidrs);
             if self.out.failed.contains_key(&policy) {
-                continue;
-            }
-            if rests_on_prefixes && !prefixes {
-                let error = self.out.other.clone();
-                if let Some(error) = error.or_else(|| self.out.failed.values().next().cloned()) {
-                    self.out.failed.insert(policy, error);
-                }
                 continue;
             }
             keys.sort_by_key(|key| std::cmp::Reverse(key.length));
@@ -193,6 +223,30 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
             if self.held.endpoints.get(index) != Some(value) && !self.out.failed.contains_key(&value.policy) {
                 self.of_policy(value.policy, vec![MapWrite::SetEndpoint(*index, *value)]);
             }
+        }
+    }
+
+    /// Without all prefixes, policies that rest on some stay as they are.
+    fn hold_back(&mut self) {
+        let error = self.out.other.clone();
+        let Some(error) = error.or_else(|| self.out.failed.values().next().cloned()) else {
+            return;
+        };
+        let wanted = self.wanted;
+        let ports = wanted.ports.iter().filter(|(_, value)| value.has_cidrs);
+        let resting: BTreeSet<u32> = ports.map(|(key, _)| key.policy).collect();
+        let ports = wanted
+            .ports
+            .iter()
+            .filter(|(key, value)| self.held.ports.get(key) != Some(value))
+            .map(|(key, _)| key.policy);
+        let endpoints = wanted
+            .endpoints
+            .iter()
+            .filter(|(index, value)| self.held.endpoints.get(index) != Some(value))
+            .map(|(_, value)| value.policy);
+        for policy in ports.chain(endpoints).filter(|policy| resting.contains(policy)) {
+            self.out.failed.entry(policy).or_insert_with(|| error.clone());
         }
     }
 

@@ -1,36 +1,40 @@
-//! Which private keys a node has, makes and destroys. Generations only: the keys themselves live in the binary.
+//! Which private keys a node has, makes and destroys. Public halves only: the keys themselves live in the binary.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+
+use warren_model::PublicKey;
 
 use super::path::NodeKeys;
 
-/// The generations of the private keys that are on disk.
+/// The private keys that are on disk, by generation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Keyring {
-    held: BTreeSet<u64>,
+    held: BTreeMap<u64, PublicKey>,
 }
 
 impl Keyring {
     /// What was found at the start.
-    pub fn new(held: impl IntoIterator<Item = u64>) -> Self {
+    pub fn new(held: impl IntoIterator<Item = (u64, PublicKey)>) -> Self {
         Self {
             held: held.into_iter().collect(),
         }
     }
 
-    /// Whether a private key is there.
-    pub fn holds(&self, generation: u64) -> bool {
-        self.held.contains(&generation)
+    /// Whether the private key of a published generation is there: this key, not another of the same number that was
+    /// made after the disk was replaced.
+    pub fn holds(&self, own: &NodeKeys, generation: u64) -> bool {
+        let published = own.key(generation);
+        published.is_some() && self.held.get(&generation) == published.as_ref()
     }
 
-    /// All generations, as `keyd` is told them.
-    pub fn held(&self) -> &BTreeSet<u64> {
+    /// All keys, as `keyd` is told them.
+    pub fn held(&self) -> &BTreeMap<u64, PublicKey> {
         &self.held
     }
 
     /// `keyd` asks for a key. Returns whether one must be made; one that is there is offered again.
     pub fn must_make(&self, generation: u64) -> bool {
-        !self.holds(generation)
+        !self.held.contains_key(&generation)
     }
 
     /// The first key of a node without any, where the directory (if one is known) has none of it either. With a key in
@@ -44,8 +48,8 @@ impl Keyring {
     }
 
     /// A key is on disk, synced.
-    pub fn add(&mut self, generation: u64) {
-        self.held.insert(generation);
+    pub fn add(&mut self, generation: u64, key: PublicKey) {
+        self.held.insert(generation, key);
     }
 
     /// A key was destroyed: device emptied, memory overwritten, file removed.
@@ -53,12 +57,17 @@ impl Keyring {
         self.held.remove(&generation);
     }
 
-    /// Generations to destroy. That the directory does not list one proves nothing by itself: it may be that of a
-    /// leader which has not seen the key yet.
+    /// Generations to destroy: those that were retired or withdrawn, and those that name another key. That the directory
+    /// does not list one proves nothing by itself: it may be that of a leader which has not seen the key yet.
     pub fn void(&self, own: &NodeKeys) -> Vec<u64> {
-        let is_void = |generation: &u64| {
-            !own.lists(*generation) && (*generation < own.active || *generation <= own.last)
+        let is_void = |(generation, key): &(&u64, &PublicKey)| match own.key(**generation) {
+            Some(published) => published != **key,
+            None => **generation < own.active || **generation <= own.last,
         };
-        self.held.iter().copied().filter(is_void).collect()
+        self.held
+            .iter()
+            .filter(is_void)
+            .map(|(generation, _)| *generation)
+            .collect()
     }
 }

@@ -21,14 +21,16 @@
 //! key on disk (synced) before it is offered, the directory on disk (synced) before it is applied.
 
 mod keyring;
+mod mover;
 mod path;
 mod report;
 #[cfg(test)]
 mod tests;
 
 pub use keyring::Keyring;
+pub use mover::Mover;
 pub use path::{
-    KEY_SLOTS, NodeKeys, Path, devices, half, is_draining, is_verified, newer, node_path, paths, sending,
-    slot_of,
+    KEY_SLOTS, NodeKeys, Path, devices, half, is_draining, is_verified, keepalive, newer, node_path, paths, sending,
+    slot_of, target,
 };
 pub use report::{PairReport, PathReport, QUIET, Reporter, Seen};

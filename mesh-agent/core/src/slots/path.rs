@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use ipnet::IpNet;
 use warren_model::{NodeUid, PublicKey, SlotKey};
 
+use super::keyring::Keyring;
 use crate::state::{NodePath, State};
 
 /// Slots of a node: two for each of two generations.
@@ -39,6 +40,14 @@ impl NodeKeys {
         self.slots.iter().any(|slot| slot.generation == generation)
     }
 
+    /// The key of a published generation.
+    pub fn key(&self, generation: u64) -> Option<PublicKey> {
+        self.slots
+            .iter()
+            .find(|slot| slot.generation == generation)
+            .map(|slot| slot.public_key)
+    }
+
     fn at(&self, slot: u8, generation: u64) -> Option<&SlotKey> {
         self.slots
             .iter()
@@ -69,10 +78,10 @@ pub struct Path {
 
 /// All paths of a pair that this node can use, sorted by slot: for each published generation of its own whose private
 /// key it holds, and each of the peer's. No two have the same slot, at either end.
-pub fn paths(own: &NodeKeys, holds: impl Fn(u64) -> bool, peer: &NodeKeys) -> Vec<Path> {
+pub fn paths(own: &NodeKeys, keyring: &Keyring, peer: &NodeKeys) -> Vec<Path> {
     let mut found = Vec::with_capacity(2);
     for here in &own.slots {
-        if half(here.generation) != here.slot / 2 || !holds(here.generation) {
+        if half(here.generation) != here.slot / 2 || !keyring.holds(own, here.generation) {
             continue;
         }
         let there = |there: &&SlotKey| {
@@ -97,12 +106,12 @@ pub fn paths(own: &NodeKeys, holds: impl Fn(u64) -> bool, peer: &NodeKeys) -> Ve
 /// path needs it; the first one of the active generation always is.
 pub fn devices<'a>(
     own: &NodeKeys,
-    holds: impl Fn(u64) -> bool,
+    keyring: &Keyring,
     paths: impl IntoIterator<Item = &'a Path>,
 ) -> [Option<u64>; KEY_SLOTS as usize] {
     let mut open = [None; KEY_SLOTS as usize];
     let home = slot_of(own.active, own.active) & 2;
-    if own.active > 0 && own.at(home, own.active).is_some() && holds(own.active) {
+    if own.active > 0 && own.at(home, own.active).is_some() && keyring.holds(own, own.active) {
         open[usize::from(home)] = Some(own.active);
     }
     for path in paths {
@@ -111,25 +120,22 @@ pub fn devices<'a>(
     open
 }
 
-/// The slot that sends to a peer, of those that its `paths` use. `current` is what the path map says now; `verified`
-/// has a bit for each slot whose path this node has verified.
+/// The slot that sends to a peer, of those that its `paths` use. `current` is what the path map says now; `ready` has a
+/// bit for each slot whose path this node has verified and by which the peer has been heard ([`super::Mover`]).
 ///
-/// Moves to the path of the two active generations once that is verified, and never from it: having moved is a
-/// promise, on which `keyd` retires the old key.
+/// Moves to the path of the two active generations once that is ready, and never from it: having moved is a promise,
+/// on which `keyd` retires the old key.
 pub fn sending(
     own: &NodeKeys,
     peer: &NodeKeys,
     paths: &[Path],
     current: Option<u8>,
-    verified: u8,
+    ready: u8,
 ) -> Option<u8> {
     let has = |slot: &u8| paths.iter().any(|path| path.slot == *slot);
-    let bit = |slot: u8| verified & (1 << slot) != 0;
+    let bit = |slot: u8| ready & (1 << slot) != 0;
     let current = current.filter(has);
-    let active = paths
-        .iter()
-        .find(|path| (path.own, path.peer) == (own.active, peer.active))
-        .map(|path| path.slot);
+    let active = target(own, peer, paths).map(|path| path.slot);
     match (current, active) {
         (Some(current), Some(active)) if current != active && !bit(active) => Some(current),
         (_, Some(active)) => Some(active),
@@ -149,7 +155,27 @@ pub fn node_path(paths: &[Path], sending: Option<u8>) -> Option<NodePath> {
     sending.map(|slot| NodePath { slot, receive })
 }
 
-/// Whether a path is on its way out: it gets no keepalive, so that what still arrives on it is data.
+/// The path of the two active generations.
+pub fn target<'a>(own: &NodeKeys, peer: &NodeKeys, paths: &'a [Path]) -> Option<&'a Path> {
+    paths
+        .iter()
+        .find(|path| (path.own, path.peer) == (own.active, peer.active))
+}
+
+/// Persistent keepalive of a path in seconds; `usual` where nothing rotates. A path on its way out has none, so that
+/// what still arrives on it is data. One that is about to be used, or has just come into use, has a short one: it
+/// begins the handshake, and shows each end that the other is there.
+pub fn keepalive(own: &NodeKeys, peer: &NodeKeys, paths: &[Path], path: &Path, usual: u16) -> u16 {
+    let settled = (path.own, path.peer) == (own.active, peer.active)
+        && !paths.iter().any(|other| is_draining(own, peer, other));
+    match is_draining(own, peer, path) {
+        true => 0,
+        false if settled => usual,
+        false => 1,
+    }
+}
+
+/// Whether a path is on its way out.
 pub fn is_draining(own: &NodeKeys, peer: &NodeKeys, path: &Path) -> bool {
     path.own < own.active || path.peer < peer.active
 }
