@@ -1,9 +1,10 @@
-//! Two nodes with nothing but a snapshot on disk: no `keyd`, no API server.
+//! Two nodes, with a `keyd` of the test's own, or with nothing but a snapshot on disk.
 
 mod support;
 
 use support::{Mesh, Pod, eventually, run};
 use warren_agent_api::{AttachmentKey, Request, Response};
+use warren_model::PodRef;
 use warren_wireguard::{DeviceChange, Userspace, WgDevice as _};
 
 /// Every pod reaches every other, both families.
@@ -135,10 +136,19 @@ fn a_pod_that_is_older_than_the_agent_is_adopted() {
 
 #[test]
 fn bad_requests_are_refused_in_one_sentence() {
-    let mut mesh = Mesh::new(1);
+    let mut mesh = Mesh::without_keyd(1);
+    let addresses = ["10.244.1.10", "fd00:10:244:1::10"].map(|address| address.parse().unwrap());
+    let known = PodRef {
+        namespace: "demo".into(),
+        name: "pod10".into(),
+        uid: format!("{}p0", mesh.nodes[0].netns),
+    };
+    mesh.keyd.add_pod("node1", &known, &addresses);
+    mesh.save_snapshots();
     mesh.start();
     let node = &mut mesh.nodes[0];
     let pod = node.wire_pod(10);
+    assert_eq!(pod.attachment.pod, known);
     let mut stray = pod.attachment.clone();
     stray.addresses = vec!["10.99.0.1".parse().unwrap()];
     let (message, retry) = refusal(node.ask(&Request::CniAdd(stray.clone())));

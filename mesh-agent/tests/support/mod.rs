@@ -1,6 +1,10 @@
-//! Nodes and pods as network namespaces, agents as processes, a directory signed by the test itself. Everything
+//! Nodes and pods as network namespaces, agents as processes, a directory signed by the test itself (and served, unless
+//! the test does without). Everything
 //! has names of its own and is removed at the end, also after a panic.
 #![allow(dead_code, reason = "each test binary uses a part of this module")]
+
+mod keyd;
+pub(crate) mod net;
 
 use std::{
     fs,
@@ -13,12 +17,7 @@ use std::{
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_agent_api::{Attachment, AttachmentKey, Request, Response, call};
-use warren_keyd_api::{
-    convert::Record,
-    proof,
-    proto::Manifest,
-    snapshot::{Directory, EntrySet, ManifestSigner, chunks},
-};
+use warren_keyd_api::proof;
 use warren_model::{Datapath, NodeRecord, PodRef, PrivateKey, SlotKey};
 
 /// Runs a command that must succeed.
@@ -50,10 +49,14 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
 pub(crate) struct Mesh {
     pub(crate) name: String,
     pub(crate) directory: tempfile::TempDir,
-    signer: ManifestSigner,
+    pub(crate) keyd: Keyd,
     pub(crate) nodes: Vec<Node>,
-    version: u64,
 }
+
+pub(crate) use keyd::Keyd;
+
+/// Where the test's `keyd` listens, in the underlay.
+const KEYD: &str = "172.30.0.254:4250";
 
 /// A node: a namespace, its directories, its agent.
 pub(crate) struct Node {
@@ -62,12 +65,22 @@ pub(crate) struct Node {
     pub(crate) home: PathBuf,
     pub(crate) bpffs: PathBuf,
     key: PrivateKey,
+    /// Its sockets' cgroup: agents and whatever is run on the node.
+    pub(crate) cgroup: PathBuf,
     agent: Option<Child>,
     pods: Vec<String>,
 }
 
 impl Mesh {
+    /// Nodes and a `keyd`.
     pub(crate) fn new(count: u8) -> Self {
+        let mesh = Self::without_keyd(count);
+        mesh.keyd.serve(&mesh.name, KEYD.parse().unwrap());
+        mesh
+    }
+
+    /// Nodes with nothing but a snapshot on disk.
+    pub(crate) fn without_keyd(count: u8) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests need root: they make network namespaces"
@@ -86,13 +99,12 @@ impl Mesh {
         run(&format!("ip netns add {name}"));
         run(&format!("ip -n {name} link add br0 type bridge"));
         run(&format!("ip -n {name} link set br0 up"));
-        let signer = ManifestSigner::generate().unwrap();
+        run(&format!("ip -n {name} addr add 172.30.0.254/24 dev br0"));
         let mut mesh = Self {
             name,
             directory,
-            signer,
+            keyd: Keyd::new(),
             nodes: Vec::new(),
-            version: 0,
         };
         for number in 1..=count {
             mesh.add_node(number);
@@ -124,47 +136,42 @@ impl Mesh {
         let key_file = home.join("state/keys/slot0.key");
         fs::write(&key_file, STANDARD.encode(key.expose())).unwrap();
         fs::set_permissions(&key_file, fs::Permissions::from_mode(0o600)).unwrap();
-        fs::write(
-            home.join("state/trust/snapshot-root.pub"),
-            self.signer.root().to_base64(),
-        )
-        .unwrap();
+        let (ca, root) = self.keyd.trust();
+        for directory in ["state/trust", "trust"] {
+            fs::create_dir_all(home.join(directory)).unwrap();
+            fs::write(home.join(directory).join("ca.crt"), &ca).unwrap();
+            fs::write(home.join(directory).join("snapshot-root.pub"), &root).unwrap();
+        }
+        fs::write(home.join("token"), "a token").unwrap();
         fs::write(home.join("cluster.yaml"), CLUSTER).unwrap();
         let bpffs = home.join("bpf");
         fs::create_dir(&bpffs).unwrap();
         run(&format!("mount -t bpf bpf {}", bpffs.display()));
+        let cgroup = cgroup2().join(&netns);
+        fs::create_dir(&cgroup).unwrap();
         self.nodes.push(Node {
             number,
             netns,
             home,
             bpffs,
             key,
+            cgroup,
             agent: None,
             pods: Vec::new(),
         });
     }
 
-    /// Puts a snapshot of all nodes, changed by `change`, on the disk of each.
+    /// Publishes all nodes, changed by `change`, and puts a snapshot on the disk of each.
     pub(crate) fn publish(&mut self, change: impl FnOnce(&mut Vec<NodeRecord>)) {
-        self.version += 1;
         let mut records: Vec<NodeRecord> = self.nodes.iter().map(Node::record).collect();
         change(&mut records);
-        let mut entries = EntrySet::default();
-        for record in records {
-            entries.upsert(Record::Node(record).to_entry());
-        }
-        let manifest = self.signer.seal(Manifest {
-            epoch: 1,
-            version: self.version,
-            entries: entries.len() as u64,
-            digest: entries.digest().to_vec(),
-            ..Manifest::default()
-        });
-        let mut directory = Directory::new(self.signer.root());
-        for update in chunks((1, self.version), true, entries.iter(), [], manifest) {
-            directory.apply(update).unwrap();
-        }
-        let file = directory.to_file().unwrap();
+        self.keyd.set_nodes(records);
+        self.save_snapshots();
+    }
+
+    /// Puts what is published now on the disk of each node.
+    pub(crate) fn save_snapshots(&self) {
+        let file = self.keyd.snapshot_file();
         for node in &self.nodes {
             fs::write(node.home.join("state/snapshot"), &file).unwrap();
         }
@@ -176,8 +183,19 @@ impl Mesh {
     }
 }
 
+/// Where cgroup2 is mounted.
+fn cgroup2() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = mounts
+        .find(|fields| fields[2] == "cgroup2")
+        .expect("a mounted cgroup2");
+    mount[1].into()
+}
+
 impl Drop for Mesh {
     fn drop(&mut self) {
+        self.keyd.stop();
         if std::thread::panicking() {
             for node in &self.nodes {
                 for log in ["agent.log", "wg/tunnel.log"] {
@@ -193,6 +211,7 @@ impl Drop for Mesh {
             }
             try_run(&format!("ip netns del {}", node.netns));
             try_run(&format!("umount -l {}", node.bpffs.display()));
+            let _ = fs::remove_dir(&node.cgroup);
         }
         try_run(&format!("ip netns del {}", self.name));
     }
@@ -253,7 +272,13 @@ impl Node {
             ])
             .args([
                 "--keyd",
-                "127.0.0.1:1",
+                KEYD,
+                "--trust-dir",
+                &path("trust"),
+                "--token-file",
+                &path("token"),
+                "--cgroup",
+                &self.cgroup.display().to_string(),
                 "--state-dir",
                 &path("state"),
                 "--run-dir",
