@@ -14,13 +14,17 @@ pub struct FlowKey {
     pub local_port: [u8; 2],
     /// The peer's port; identifier of an ICMP echo that the peer asked for; else 0. Network byte order.
     pub remote_port: [u8; 2],
-    /// Index of the endpoint, 0 = the host.
+    /// Index of the endpoint, 0 = the host, [`MASQUERADED`].
     pub endpoint: u16,
     /// IP protocol.
     pub protocol: u8,
     /// 4 or 6.
     pub family: u8,
 }
+
+/// In [`FlowKey::endpoint`]: a pod's flow that left this node with an address of the node, beside the pod's own entry.
+/// What answers it without ports, or reports an error about it, passes the host's policy. Not judged, not counted.
+pub const MASQUERADED: u16 = 0xffff;
 
 /// Flag of [`FlowValue`]: the endpoint opened the flow (else the peer did).
 pub const FLOW_EGRESS: u8 = 1;

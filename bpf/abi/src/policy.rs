@@ -62,7 +62,7 @@ pub struct PortValue {
 
 /// What a verdict is filed under.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct VerdictKey {
     /// The port's class.
     pub class: u32,

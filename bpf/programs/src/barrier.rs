@@ -1,56 +1,94 @@
 //! The barrier: on every device that is neither a pod's nor a tunnel. It rests on the pools that the operator
 //! configured and on the mesh nodes' addresses, not on what anybody says who owns what.
 
-use warren_abi::{DropReason, SettingsValue};
+use warren_abi::{DropReason, Hook, PEER_FORWARDED};
 
-use crate::{Address, Ip, Judgement, Link, Maps, Meta, Packet, Verdict};
+use crate::{
+    Address, Judgement, Link, Maps, Meta, Packet, Scratch, Verdict,
+    endpoint::conclude,
+    host, ip,
+    maps::{is_pod, is_service},
+};
 
-/// Egress: mesh traffic never leaves in clear. A pod's traffic with the outside world does.
+/// Egress: mesh traffic never leaves in clear. A pod's traffic with the outside world does, where its policy allows.
 #[inline(always)]
-pub fn barrier_out<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
-    let (_, ip) = read(packet, maps, meta)?;
-    if let Some(ip) = ip {
-        let from_pod = maps.is_pod(&ip.source);
-        let to_pod = maps.is_pod(&ip.destination);
-        let mesh =
-            (from_pod && (to_pod || is_node(maps, &ip.destination))) || (to_pod && is_node(maps, &ip.source));
-        if mesh {
-            return Err(DropReason::CleartextOut);
-        }
-    }
-    Ok(Verdict::Pass { mark: meta.mark })
-}
-
-/// Ingress: nothing in clear may claim to be a pod, or to be a node that talks to a pod, or to be this node. A
-/// mark from elsewhere says nothing here.
-#[inline(always)]
-pub fn barrier_in<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
-    let (settings, ip) = read(packet, maps, meta)?;
-    if let Some(ip) = ip {
-        if maps.is_pod(&ip.source) {
-            return Err(DropReason::CleartextIn);
-        }
-        match maps.node(&ip.source) {
-            Some(node) if node.own != 0 => return Err(DropReason::OwnAddress),
-            Some(_) if maps.is_pod(&ip.destination) => return Err(DropReason::CleartextIn),
-            Some(_) | None => {}
-        }
-    }
-    Ok(Verdict::Pass {
-        mark: meta.mark & !settings.mark_mask,
-    })
-}
-
-#[inline(always)]
-fn read<'m, P: Packet, M: Maps>(
+pub fn barrier_out<P: Packet, M: Maps>(
     packet: &P,
-    maps: &'m M,
+    maps: &M,
     meta: &Meta,
-) -> Result<(&'m SettingsValue, Option<Ip>), DropReason> {
+    scratch: &mut Scratch,
+) -> Judgement {
+    scratch.begin(Hook::BarrierOut, meta, packet.length(), maps.clock());
+    let planned = send(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
+}
+
+/// Ingress: nothing in clear may claim to be a pod, or to be a node that talks to a pod, or to be this node, or a
+/// service. A mark from elsewhere says nothing here.
+#[inline(always)]
+pub fn barrier_in<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    scratch.begin(Hook::BarrierIn, meta, packet.length(), maps.clock());
+    let planned = receive(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
+}
+
+#[inline(never)]
+fn send<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    if !read(packet, maps, meta, scratch)? {
+        return Ok(Verdict::Pass { mark: meta.mark });
+    }
+    let from_pod = is_pod(maps, &scratch.ip.source);
+    let to_pod = is_pod(maps, &scratch.ip.destination);
+    let mesh = (from_pod && (to_pod || is_node(maps, &scratch.ip.destination)))
+        || (to_pod && is_node(maps, &scratch.ip.source));
+    if mesh {
+        return Err(DropReason::CleartextOut);
+    }
+    host::leave::<true, P, M>(packet, maps, scratch, 0)?;
+    let mark = meta.mark;
+    host::note_masquerade(maps, scratch);
+    Ok(Verdict::Pass { mark })
+}
+
+#[inline(never)]
+fn receive<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    let is_ip = read(packet, maps, meta, scratch)?;
+    let pass = Ok(Verdict::Pass {
+        mark: meta.mark & !scratch.now.mark_mask,
+    });
+    if !is_ip {
+        return pass;
+    }
+    if is_pod(maps, &scratch.ip.source) {
+        return Err(DropReason::CleartextIn);
+    }
+    if is_service(maps, &scratch.ip.source) {
+        return Err(DropReason::ServiceAddress);
+    }
+    match maps.node(&scratch.ip.source) {
+        Some(node) if node.own != 0 => return Err(DropReason::OwnAddress),
+        Some(_) if is_pod(maps, &scratch.ip.destination) => return Err(DropReason::CleartextIn),
+        Some(_) | None => {}
+    }
+    if host::is_own(maps, &scratch.ip.destination) {
+        host::enter::<true, P, M>(packet, maps, scratch, PEER_FORWARDED)?;
+    }
+    pass
+}
+
+/// Reads mark and header; `false` where the frame is not IP.
+#[inline(always)]
+fn read<P: Packet, M: Maps>(
+    packet: &P,
+    maps: &M,
+    meta: &Meta,
+    scratch: &mut Scratch,
+) -> Result<bool, DropReason> {
     let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    scratch.provenance(settings, meta);
     let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
     let link = Link::parse(packet, device.l2_length, meta)?;
-    Ok((settings, Ip::parse(packet, link)?))
+    ip::read(packet, scratch, link)
 }
 
 #[inline(always)]
@@ -61,7 +99,7 @@ fn is_node<M: Maps>(maps: &M, address: &Address) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Bytes, OVERLAY, UNDERLAY, World, arp, ethernet, v4, v6, vlan};
+    use crate::testing::{OVERLAY, POD_MARK, TUNNEL_MARK, UNDERLAY, World, arp, ethernet, run, v4, v6, vlan};
 
     const POD: [u8; 4] = [10, 244, 1, 2];
     const UNKNOWN_POD: [u8; 4] = [10, 244, 200, 2];
@@ -85,8 +123,8 @@ mod tests {
         judge: impl Fn(&[u8], u32) -> Judgement,
     ) -> Judgement {
         let packets = [
-            (0x0800, v4(source, destination, 6, &[0; 20])),
-            (0x86dd, v6(&v6_of(source), &v6_of(destination), 6, &[0; 20])),
+            (0x0800, v4(source, destination, 17, &[0; 8])),
+            (0x86dd, v6(&v6_of(source), &v6_of(destination), 17, &[0; 8])),
         ];
         let mut answers = Vec::new();
         for (ethertype, packet) in packets {
@@ -107,20 +145,20 @@ mod tests {
     fn meta(ifindex: u32) -> Meta {
         Meta {
             ifindex,
-            mark: 0x4001,
+            mark: 0x4000 | POD_MARK,
             ..Meta::default()
         }
     }
 
     fn out(source: [u8; 4], destination: [u8; 4]) -> Judgement {
         everywhere(source, destination, |bytes, ifindex| {
-            barrier_out(&Bytes(bytes), &World::new(), &meta(ifindex))
+            run(barrier_out, bytes, &World::new(), &meta(ifindex))
         })
     }
 
     fn enter(source: [u8; 4], destination: [u8; 4]) -> Judgement {
         everywhere(source, destination, |bytes, ifindex| {
-            barrier_in(&Bytes(bytes), &World::new(), &meta(ifindex))
+            run(barrier_in, bytes, &World::new(), &meta(ifindex))
         })
     }
 
@@ -137,7 +175,9 @@ mod tests {
 
     #[test]
     fn the_rest_leaves() {
-        let pass = Ok(Verdict::Pass { mark: 0x4001 });
+        let pass = Ok(Verdict::Pass {
+            mark: 0x4000 | TUNNEL_MARK | POD_MARK,
+        });
         for (source, destination) in [
             (POD, WORLD),
             (WORLD, POD),
@@ -178,9 +218,9 @@ mod tests {
     #[test]
     fn other_protocols_pass() {
         let frame = ethernet(0x0806, &arp(1, [2, 0, 0, 0, 0, 1], OWN));
-        assert!(barrier_in(&Bytes(&frame), &World::new(), &meta(UNDERLAY)).is_ok());
+        assert!(run(barrier_in, &frame, &World::new(), &meta(UNDERLAY)).is_ok());
         let frame = ethernet(0x88cc, &[0; 10]);
-        assert!(barrier_out(&Bytes(&frame), &World::new(), &meta(UNDERLAY)).is_ok());
+        assert!(run(barrier_out, &frame, &World::new(), &meta(UNDERLAY)).is_ok());
     }
 
     #[test]
@@ -190,15 +230,15 @@ mod tests {
             ethernet(0x86dd, &v6("fd00:192::1", "fd00:192::2", 6, &[])),
         ] {
             for length in 0..packet.len() {
-                let judged = barrier_out(&Bytes(&packet[..length]), &World::new(), &meta(UNDERLAY));
+                let judged = run(barrier_out, &packet[..length], &World::new(), &meta(UNDERLAY));
                 assert_eq!(judged, Err(DropReason::Truncated), "{length}");
-                let judged = barrier_in(&Bytes(&packet[..length]), &World::new(), &meta(UNDERLAY));
+                let judged = run(barrier_in, &packet[..length], &World::new(), &meta(UNDERLAY));
                 assert_eq!(judged, Err(DropReason::Truncated), "{length}");
             }
         }
         let frame = ethernet(0x0800, &[0x60; 40]);
         assert_eq!(
-            barrier_out(&Bytes(&frame), &World::new(), &meta(UNDERLAY)),
+            run(barrier_out, &frame, &World::new(), &meta(UNDERLAY)),
             Err(DropReason::Malformed)
         );
         let frame = vlan(
@@ -206,7 +246,7 @@ mod tests {
             &vlan(0x8100, &vlan(0x8100, &ethernet(0x0800, &v4(POD, NODE, 6, &[])))),
         );
         assert_eq!(
-            barrier_out(&Bytes(&frame), &World::new(), &meta(UNDERLAY)),
+            run(barrier_out, &frame, &World::new(), &meta(UNDERLAY)),
             Err(DropReason::VlanDepth)
         );
     }
@@ -215,11 +255,11 @@ mod tests {
     fn unknown_devices_and_unconfigured_programs_drop() {
         let frame = ethernet(0x0800, &v4(WORLD, OWN, 6, &[]));
         assert_eq!(
-            barrier_in(&Bytes(&frame), &World::new(), &meta(99)),
+            run(barrier_in, &frame, &World::new(), &meta(99)),
             Err(DropReason::UnknownDevice)
         );
         assert_eq!(
-            barrier_in(&Bytes(&frame), &World::default(), &meta(UNDERLAY)),
+            run(barrier_in, &frame, &World::default(), &meta(UNDERLAY)),
             Err(DropReason::NotConfigured)
         );
     }

@@ -1,63 +1,123 @@
 //! The two ends of a pod's veth.
 
-use warren_abi::{DropReason, EndpointValue, OwnerTag, SettingsValue};
+use warren_abi::{DropReason, EndpointValue, Hook, OwnerTag, SettingsValue};
 
 use crate::{
-    Address, Direction, Ip, Judgement, Link, Maps, Meta, Network, Packet, Question, Transport, Verdict, arp,
-    link::ETHERNET, neighbour, policy, policy::identities,
+    Address, Ip, Judgement, Link, Maps, Meta, Network, Packet, Scratch, Transport, Verdict, arp, events,
+    flows::{Replies, Task, Way, carry_out},
+    host, ip,
+    link::ETHERNET,
+    maps::is_pod,
+    neighbour,
+    transport::has_ports,
+    tuple,
 };
 
-/// Ingress of a pod's host veth: what a pod sends must be its own, and is marked as its own.
+/// Ingress of a pod's host veth: what a pod sends must be its own, and is marked as its own. What cannot be translated
+/// any more is judged at once.
 #[inline(always)]
-pub fn from_pod<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
+pub fn from_pod<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    scratch.begin(Hook::FromPod, meta, packet.length(), maps.clock());
+    let planned = send(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
+}
+
+/// Egress of a pod's host veth: the only place that sees what a pod receives, by whatever way, on its final
+/// address. So ingress policy is asked here, and what comes from another node must have come through the tunnel.
+#[inline(always)]
+pub fn to_pod<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    scratch.begin(Hook::ToPod, meta, packet.length(), maps.clock());
+    let planned = receive(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
+}
+
+/// The end of every program: what was planned is carried out, and a drop is told of.
+#[inline(always)]
+pub(crate) fn conclude<M: Maps>(maps: &M, scratch: &mut Scratch, planned: Judgement) -> Judgement {
+    let judgement = match planned {
+        Ok(verdict) => carry_out(maps, scratch).map(|judged| {
+            // The first plan of a packet with a pod's mark is the pod's egress.
+            let sender = scratch.ways[0].outbound && scratch.ways[0].endpoint != 0;
+            if judged && sender {
+                verdict.marked(scratch.now.tunnel_mark)
+            } else {
+                verdict
+            }
+        }),
+        Err(reason) => Err(reason),
+    };
+    if let Err(reason) = judgement {
+        events::report_drop(maps, scratch, reason);
+    }
+    judgement
+}
+
+#[inline(never)]
+fn send<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
     let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    scratch.provenance(settings, meta);
     let endpoint = maps.endpoint(meta.ifindex).ok_or(DropReason::UnknownEndpoint)?;
     let source = packet.load::<6>(6).ok_or(DropReason::Truncated)?;
     if source != endpoint.mac {
         return Err(DropReason::SpoofedMac);
     }
     let link = untagged(packet, meta)?;
-    let pass = Verdict::Pass {
-        mark: (meta.mark & !settings.mark_mask) | endpoint.mark,
-    };
-    match Ip::parse(packet, link)? {
-        Some(ip) => {
-            let transport = Transport::parse(packet, &ip)?;
-            check_source(packet, &ip, &transport, endpoint)?;
-            policy(&Question {
-                direction: Direction::Egress,
-                endpoint: endpoint.identity,
-                peer: identities::of_destination(maps, &ip.destination),
-                protocol: transport.protocol,
-                ports: transport.ports(packet, &ip)?,
-            })?;
-            Ok(pass)
-        }
-        None => {
-            arp::check(packet, link.offset, endpoint)?;
-            Ok(pass)
-        }
+    let mark = (meta.mark & !settings.mark_mask) | endpoint.mark;
+    if !ip::read(packet, scratch, link)? {
+        arp::check(packet, link.offset, endpoint)?;
+        return Ok(Verdict::Pass { mark });
     }
+    tuple::read(packet, maps, scratch)?;
+    check_source(packet, &scratch.ip, &scratch.transport, endpoint)?;
+    if scratch.tuple.discovery {
+        return Ok(Verdict::Pass { mark });
+    }
+    let node = maps.node(&scratch.ip.destination).map(|node| node.own != 0);
+    // The stack does not translate a pod's address, nor this node's for a protocol without ports. Any other may be a
+    // service's, also that of another node.
+    let is_final = match node {
+        Some(own) => own && !has_ports(scratch.tuple.protocol),
+        None => is_pod(maps, &scratch.ip.destination),
+    };
+    scratch.ways[0] = Way {
+        endpoint: endpoint.index,
+        identity: endpoint.identity,
+        outbound: true,
+        peer_mark: 0,
+        defer: !is_final,
+        replies: Replies::Judged,
+        task: Task::Judge,
+    };
+    if node == Some(true) {
+        host::enter::<false, P, M>(packet, maps, scratch, endpoint.mark)?;
+    }
+    Ok(Verdict::Pass { mark })
 }
 
-/// Egress of a pod's host veth: the only place that sees what a pod receives, by whatever way, on its final
-/// address. So ingress policy is asked here, and what comes from another node must have come through the tunnel.
-#[inline(always)]
-pub fn to_pod<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
+#[inline(never)]
+fn receive<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
     let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    scratch.provenance(settings, meta);
     let endpoint = maps.endpoint(meta.ifindex).ok_or(DropReason::UnknownEndpoint)?;
     let link = untagged(packet, meta)?;
-    if let Some(ip) = Ip::parse(packet, link)? {
-        let transport = Transport::parse(packet, &ip)?;
-        check_tunnelled(maps, settings, meta, &ip.source)?;
-        policy(&Question {
-            direction: Direction::Ingress,
-            endpoint: endpoint.identity,
-            peer: identities::of_source(maps, settings, meta, &ip.source),
-            protocol: transport.protocol,
-            ports: transport.ports(packet, &ip)?,
-        })?;
+    if !ip::read(packet, scratch, link)? {
+        return Ok(Verdict::Pass { mark: meta.mark });
     }
+    check_tunnelled(maps, settings, meta, &scratch.ip.source)?;
+    tuple::read(packet, maps, scratch)?;
+    if scratch.tuple.discovery {
+        return Ok(Verdict::Pass { mark: meta.mark });
+    }
+    host::leave::<false, P, M>(packet, maps, scratch, endpoint.mark)?;
+    scratch.ways[1] = Way {
+        endpoint: endpoint.index,
+        identity: endpoint.identity,
+        outbound: false,
+        peer_mark: scratch.now.from,
+        defer: false,
+        replies: Replies::Translated,
+        task: Task::Judge,
+    };
     Ok(Verdict::Pass { mark: meta.mark })
 }
 
@@ -137,8 +197,8 @@ pub(crate) fn is_link_local(address: &[u8; 16]) -> bool {
 mod tests {
     use super::*;
     use crate::testing::{
-        Bytes, MARK_MASK, POD_IFINDEX, POD_MAC, POD_MARK, POD_V4, POD_V6, TUNNEL_MARK, World, arp,
-        ethernet_from, icmp6, octets, v4, v6, vlan,
+        MARK_MASK, POD_IFINDEX, POD_MAC, POD_MARK, POD_V4, POD_V6, TUNNEL_MARK, World, arp, ethernet_from,
+        icmp6, octets, run, v4, v6, vlan,
     };
 
     const REMOTE: [u8; 4] = [10, 244, 2, 9];
@@ -150,12 +210,13 @@ mod tests {
             mark: 0xffff_ffff,
             ..Meta::default()
         };
-        from_pod(&Bytes(frame), &World::new(), &meta)
+        run(from_pod, frame, &World::new(), &meta)
     }
 
     fn enter(frame: &[u8], mark: u32) -> Judgement {
-        to_pod(
-            &Bytes(frame),
+        run(
+            to_pod,
+            frame,
             &World::new(),
             &Meta {
                 ifindex: POD_IFINDEX,
@@ -175,22 +236,22 @@ mod tests {
 
     #[test]
     fn a_pod_is_marked_whatever_it_claims() {
-        let expected = Ok(Verdict::Pass {
-            mark: !MARK_MASK | POD_MARK,
-        });
-        assert_eq!(out(&frame4(POD_V4)), expected);
-        assert_eq!(out(&frame6(POD_V6)), expected);
+        let marked = |mark| {
+            Ok(Verdict::Pass {
+                mark: !MARK_MASK | mark,
+            })
+        };
+        let judged = marked(TUNNEL_MARK | POD_MARK);
+        assert_eq!(out(&frame4(POD_V4)), judged);
+        assert_eq!(out(&frame6(POD_V6)), judged);
+        let world = ethernet_from(POD_MAC, 0x0800, &v4(POD_V4, [8, 8, 8, 8], 17, &[0; 8]));
+        assert_eq!(out(&world), marked(POD_MARK), "to be judged where it leaves");
+        let arp = ethernet_from(POD_MAC, 0x0806, &arp(1, POD_MAC, POD_V4));
+        assert_eq!(out(&arp), marked(POD_MARK));
+        let solicitation = icmp6("fe80::2", 135, 255, &octets(POD_V6), None);
         assert_eq!(
-            out(&ethernet_from(POD_MAC, 0x0806, &arp(1, POD_MAC, POD_V4))),
-            expected
-        );
-        assert_eq!(
-            out(&ethernet_from(
-                POD_MAC,
-                0x86dd,
-                &icmp6("fe80::2", 135, 255, &octets(POD_V6), None)
-            )),
-            expected
+            out(&ethernet_from(POD_MAC, 0x86dd, &solicitation)),
+            marked(POD_MARK)
         );
     }
 
@@ -229,7 +290,7 @@ mod tests {
             ..Meta::default()
         };
         assert_eq!(
-            from_pod(&Bytes(&frame), &World::new(), &meta),
+            run(from_pod, &frame, &World::new(), &meta),
             Err(DropReason::BadEthertype)
         );
         assert_eq!(
@@ -256,19 +317,19 @@ mod tests {
             ..Meta::default()
         };
         assert_eq!(
-            from_pod(&Bytes(&frame), &World::new(), &meta),
+            run(from_pod, &frame, &World::new(), &meta),
             Err(DropReason::UnknownEndpoint)
         );
         assert_eq!(
-            to_pod(&Bytes(&frame), &World::new(), &meta),
+            run(to_pod, &frame, &World::new(), &meta),
             Err(DropReason::UnknownEndpoint)
         );
         assert_eq!(
-            from_pod(&Bytes(&frame), &World::default(), &meta),
+            run(from_pod, &frame, &World::default(), &meta),
             Err(DropReason::NotConfigured)
         );
         assert_eq!(
-            to_pod(&Bytes(&frame), &World::default(), &meta),
+            run(to_pod, &frame, &World::default(), &meta),
             Err(DropReason::NotConfigured)
         );
     }
@@ -296,10 +357,7 @@ mod tests {
                 ifindex: POD_IFINDEX,
                 ..Meta::default()
             };
-            assert_eq!(
-                to_pod(&Bytes(&frame), &world, &meta),
-                Ok(Verdict::Pass { mark: 0 })
-            );
+            assert_eq!(run(to_pod, &frame, &world, &meta), Ok(Verdict::Pass { mark: 0 }));
         }
     }
 

@@ -2,10 +2,11 @@
 
 use warren_abi::DropReason;
 
-use crate::{Link, Network, Packet};
+use crate::{Link, Network, Packet, Scratch};
 
 /// An address of either family, in network byte order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Address {
     /// IPv4.
     V4([u8; 4]),
@@ -14,6 +15,25 @@ pub enum Address {
 }
 
 impl Address {
+    /// The address of a family whose bytes are the first of 16.
+    #[inline(always)]
+    pub(crate) fn of(family: u8, bytes: &[u8; 16]) -> Self {
+        if family == 4 {
+            Self::V4([bytes[0], bytes[1], bytes[2], bytes[3]])
+        } else {
+            Self::V6(*bytes)
+        }
+    }
+
+    /// IPv4 in the first four bytes, the others zero.
+    #[inline(always)]
+    pub(crate) fn octets(&self) -> [u8; 16] {
+        match self {
+            Self::V4(a) => [a[0], a[1], a[2], a[3], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            Self::V6(a) => *a,
+        }
+    }
+
     /// fe80::/10, 169.254.0.0/16, or a multicast or broadcast address.
     #[inline(always)]
     pub fn is_link_scoped(&self) -> bool {
@@ -24,8 +44,14 @@ impl Address {
     }
 }
 
+impl Default for Address {
+    fn default() -> Self {
+        Self::V4([0; 4])
+    }
+}
+
 /// The fixed header of an IP packet. All offsets count from the start of the packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Ip {
     /// Source address.
     pub source: Address,
@@ -43,78 +69,104 @@ pub struct Ip {
     pub end: usize,
     /// IPv4: flags and fragment offset. IPv6: 0.
     pub fragment_field: u16,
+    /// IPv4: identification. IPv6: 0.
+    pub id: u16,
 }
 
 /// Length fields are 16 bits wide; larger super-packets carry 0 (RFC 2675, and likewise IPv4 in the kernel).
 const LARGEST: usize = 65_535;
 
+/// Reads the fixed header into the program's memory; `false` where the frame is not IP.
+///
+/// A function of its own in the kernel too: its buffers do not fit onto the stack beside those of its callers.
+#[inline(never)]
+pub(crate) fn read<P: Packet>(packet: &P, scratch: &mut Scratch, link: Link) -> Result<bool, DropReason> {
+    match link.network {
+        Network::V4 => read_v4(packet, scratch, link.offset)?,
+        Network::V6 => read_v6(packet, scratch, link.offset)?,
+        Network::Arp | Network::Other => return Ok(false),
+    }
+    scratch.tuple.protocol = scratch.ip.next;
+    Ok(true)
+}
+
+#[inline(always)]
+fn read_v4<P: Packet>(packet: &P, scratch: &mut Scratch, start: usize) -> Result<(), DropReason> {
+    let h = packet.load::<20>(start).ok_or(DropReason::Truncated)?;
+    let header = usize::from(h[0] & 0xf) * 4;
+    if h[0] >> 4 != 4 || header < 20 {
+        return Err(DropReason::Malformed);
+    }
+    let available = packet.length().saturating_sub(start);
+    let total = match usize::from(u16::from_be_bytes([h[2], h[3]])) {
+        0 if available > LARGEST => available,
+        total => total,
+    };
+    if total < header {
+        return Err(DropReason::Malformed);
+    }
+    if total > available {
+        return Err(DropReason::Truncated);
+    }
+    scratch.tuple.family = 4;
+    // What lies behind the four bytes is zero since the packet began.
+    [
+        scratch.tuple.source[0],
+        scratch.tuple.source[1],
+        scratch.tuple.source[2],
+        scratch.tuple.source[3],
+    ] = [h[12], h[13], h[14], h[15]];
+    let destination = &mut scratch.tuple.destination;
+    [destination[0], destination[1], destination[2], destination[3]] = [h[16], h[17], h[18], h[19]];
+    scratch.ip.source = Address::V4([h[12], h[13], h[14], h[15]]);
+    scratch.ip.destination = Address::V4([h[16], h[17], h[18], h[19]]);
+    scratch.ip.hops = h[8];
+    scratch.ip.next = h[9];
+    scratch.ip.start = start;
+    scratch.ip.payload = start + header;
+    scratch.ip.end = start + total;
+    scratch.ip.fragment_field = u16::from_be_bytes([h[6], h[7]]);
+    scratch.ip.id = u16::from_be_bytes([h[4], h[5]]);
+    Ok(())
+}
+
+#[inline(always)]
+fn read_v6<P: Packet>(packet: &P, scratch: &mut Scratch, start: usize) -> Result<(), DropReason> {
+    let h = packet.load::<8>(start).ok_or(DropReason::Truncated)?;
+    let source = packet.load::<16>(start + 8).ok_or(DropReason::Truncated)?;
+    let destination = packet.load::<16>(start + 24).ok_or(DropReason::Truncated)?;
+    if h[0] >> 4 != 6 {
+        return Err(DropReason::Malformed);
+    }
+    let available = packet.length().saturating_sub(start + 40);
+    let length = match usize::from(u16::from_be_bytes([h[4], h[5]])) {
+        0 if available > LARGEST => available,
+        length => length,
+    };
+    if length > available {
+        return Err(DropReason::Truncated);
+    }
+    scratch.tuple.family = 6;
+    scratch.tuple.source = source;
+    scratch.tuple.destination = destination;
+    scratch.ip.source = Address::V6(source);
+    scratch.ip.destination = Address::V6(destination);
+    scratch.ip.hops = h[7];
+    scratch.ip.next = h[6];
+    scratch.ip.start = start;
+    scratch.ip.payload = start + 40;
+    scratch.ip.end = start + 40 + length;
+    scratch.ip.fragment_field = 0;
+    scratch.ip.id = 0;
+    Ok(())
+}
+
 impl Ip {
     /// Reads the fixed header of an IP packet; `None` where the frame is not IP.
-    #[inline(always)]
-    pub fn parse<P: Packet>(packet: &P, link: Link) -> Result<Option<Self>, DropReason> {
-        match link.network {
-            Network::V4 => Self::v4(packet, link.offset).map(Some),
-            Network::V6 => Self::v6(packet, link.offset).map(Some),
-            Network::Arp | Network::Other => Ok(None),
-        }
-    }
-
-    #[inline(always)]
-    fn v4<P: Packet>(packet: &P, start: usize) -> Result<Self, DropReason> {
-        let h = packet.load::<20>(start).ok_or(DropReason::Truncated)?;
-        let header = usize::from(h[0] & 0xf) * 4;
-        if h[0] >> 4 != 4 || header < 20 {
-            return Err(DropReason::Malformed);
-        }
-        let available = packet.length().saturating_sub(start);
-        let total = match usize::from(u16::from_be_bytes([h[2], h[3]])) {
-            0 if available > LARGEST => available,
-            total => total,
-        };
-        if total < header {
-            return Err(DropReason::Malformed);
-        }
-        if total > available {
-            return Err(DropReason::Truncated);
-        }
-        Ok(Self {
-            source: Address::V4([h[12], h[13], h[14], h[15]]),
-            destination: Address::V4([h[16], h[17], h[18], h[19]]),
-            hops: h[8],
-            next: h[9],
-            start,
-            payload: start + header,
-            end: start + total,
-            fragment_field: u16::from_be_bytes([h[6], h[7]]),
-        })
-    }
-
-    #[inline(always)]
-    fn v6<P: Packet>(packet: &P, start: usize) -> Result<Self, DropReason> {
-        let h = packet.load::<8>(start).ok_or(DropReason::Truncated)?;
-        let source = packet.load::<16>(start + 8).ok_or(DropReason::Truncated)?;
-        let destination = packet.load::<16>(start + 24).ok_or(DropReason::Truncated)?;
-        if h[0] >> 4 != 6 {
-            return Err(DropReason::Malformed);
-        }
-        let available = packet.length().saturating_sub(start + 40);
-        let length = match usize::from(u16::from_be_bytes([h[4], h[5]])) {
-            0 if available > LARGEST => available,
-            length => length,
-        };
-        if length > available {
-            return Err(DropReason::Truncated);
-        }
-        Ok(Self {
-            source: Address::V6(source),
-            destination: Address::V6(destination),
-            hops: h[7],
-            next: h[6],
-            start,
-            payload: start + 40,
-            end: start + 40 + length,
-            fragment_field: 0,
-        })
+    #[cfg(test)]
+    pub(crate) fn parse<P: Packet>(packet: &P, link: Link) -> Result<Option<Self>, DropReason> {
+        let mut scratch = Scratch::default();
+        Ok(read(packet, &mut scratch, link)?.then_some(scratch.ip))
     }
 
     /// Reads `N` bytes of the packet, not of the padding behind it.

@@ -1,18 +1,20 @@
 //! The kernel's side: the packet and the maps behind the traits of the library, and the counters.
 
+use core::arch::asm;
+
 use aya_ebpf::{
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST},
-    helpers::bpf_probe_read_kernel,
+    bindings::{BPF_ANY, BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    helpers::{bpf_ktime_get_ns, bpf_probe_read_kernel},
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
-    programs::{RawTracePointContext, TcContext},
+    programs::{RawTracePointContext, sk_buff::SkBuff},
 };
 use warren_abi::{
-    Cidr4Key, Cidr6Key, DeviceValue, DropReason, EndpointValue, FlowKey, FlowState, FlowValue, FragmentKey,
-    FragmentValue, Hook, MarkValue, NodeKey, NodeValue, OwnerValue, PathValue, PolicyValue, PortKey,
-    PortValue, RepeatKey, RepeatValue, SettingsValue, TraceValue, VerdictKey, VerdictValue, limits,
+    Cidr4Key, Cidr6Key, DeviceValue, DropReason, EndpointValue, Event, FlowKey, FlowState, FlowValue,
+    FragmentKey, FragmentValue, Hook, MarkValue, NodeKey, NodeValue, OwnerValue, PathValue, PolicyValue,
+    PortKey, PortValue, RepeatKey, RepeatValue, SettingsValue, TraceValue, VerdictKey, VerdictValue, limits,
 };
-use warren_programs::{Address, Maps, Meta, Packet};
+use warren_programs::{Address, FlowCells, Maps, Meta, Packet, RepeatCells, Scratch, Table};
 
 #[map]
 static SETTINGS: Array<SettingsValue> = Array::with_max_entries(1, 0);
@@ -74,8 +76,20 @@ static EVENT_REPEATS: LruHashMap<RepeatKey, RepeatValue> =
 #[map]
 static EVENTS_LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
 
+/// Memory of the program that runs on this CPU: nothing interrupts one by another.
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+/// The memory of this program.
+#[inline(always)]
+pub(crate) fn scratch() -> Option<&'static mut Scratch> {
+    // SAFETY: the verifier knows that the pointer is to a whole value; the entry is this CPU's own, and a program has
+    // it until it ends. Any bytes in it are those of a value: zero, or what a program before left.
+    SCRATCH.get_ptr_mut(0).map(|pointer| unsafe { &mut *pointer })
+}
+
 /// A packet in the kernel.
-pub(crate) struct Skb<'a>(pub(crate) &'a TcContext);
+pub(crate) struct Skb<'a>(pub(crate) &'a SkBuff);
 
 impl Packet for Skb<'_> {
     #[inline(always)]
@@ -92,9 +106,9 @@ impl Packet for Skb<'_> {
     /// anything.
     #[inline(always)]
     fn forget(&self, number: usize) -> usize {
-        // SAFETY: the context of a classifier is a valid `__sk_buff` while the program runs.
+        // SAFETY: the context is a valid `__sk_buff` while the program runs.
         unsafe {
-            let place = &raw mut (*self.0.skb.skb).cb[0];
+            let place = &raw mut (*self.0.skb).cb[0];
             place.write_volatile(number as u32);
             place.read_volatile() as usize
         }
@@ -103,9 +117,9 @@ impl Packet for Skb<'_> {
 
 /// What the kernel says about a packet.
 #[inline(always)]
-pub(crate) fn meta(ctx: &TcContext) -> Meta {
-    // SAFETY: the context of a classifier is a valid `__sk_buff` while the program runs.
-    let skb = unsafe { &*ctx.skb.skb };
+pub(crate) fn meta(ctx: &SkBuff) -> Meta {
+    // SAFETY: the context is a valid `__sk_buff` while the program runs.
+    let skb = unsafe { &*ctx.skb };
     Meta {
         ifindex: skb.ifindex,
         ingress_ifindex: skb.ingress_ifindex,
@@ -119,6 +133,15 @@ pub(crate) fn meta(ctx: &TcContext) -> Meta {
 pub(crate) struct KernelMaps;
 
 impl Maps for KernelMaps {
+    type Flow = &'static FlowCells;
+    type Repeat = &'static RepeatCells;
+
+    #[inline(always)]
+    fn clock(&self) -> u64 {
+        // SAFETY: the helper takes nothing.
+        unsafe { bpf_ktime_get_ns() }
+    }
+
     #[inline(always)]
     fn settings(&self) -> Option<&SettingsValue> {
         SETTINGS.get(0).filter(|settings| settings.version != 0)
@@ -137,9 +160,9 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
-    fn endpoint_identity(&self, mark: u32) -> u32 {
+    fn marked(&self, mark: u32) -> Option<&MarkValue> {
         // SAFETY: as above.
-        unsafe { IDENTITIES.get(mark) }.map_or(0, |value| value.identity)
+        unsafe { IDENTITIES.get(mark) }
     }
 
     #[inline(always)]
@@ -157,10 +180,10 @@ impl Maps for KernelMaps {
     }
 
     #[inline(always)]
-    fn is_pod(&self, address: &Address) -> bool {
+    fn pool(&self, address: &Address) -> Option<u32> {
         match address {
-            Address::V4(a) => POOLS4.get(Key::new(32, *a)).is_some(),
-            Address::V6(a) => POOLS6.get(Key::new(128, *a)).is_some(),
+            Address::V4(a) => POOLS4.get(Key::new(32, *a)).copied(),
+            Address::V6(a) => POOLS6.get(Key::new(128, *a)).copied(),
         }
     }
 
@@ -172,6 +195,129 @@ impl Maps for KernelMaps {
         };
         // SAFETY: as above.
         unsafe { NODES.get(key) }
+    }
+
+    #[inline(always)]
+    fn policy(&self, endpoint: u16) -> Option<PolicyValue> {
+        // SAFETY: as above.
+        unsafe { POLICY_ENDPTS.get(endpoint) }.copied()
+    }
+
+    #[inline(always)]
+    fn port(&self, key: PortKey) -> Option<PortValue> {
+        POLICY_PORTS.get(Key::new(64, key)).copied()
+    }
+
+    #[inline(always)]
+    fn verdict(&self, key: VerdictKey) -> Option<VerdictValue> {
+        // SAFETY: as above.
+        unsafe { POLICY_VERDICT.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn prefix(&self, table: u32, address: &Address) -> Option<u32> {
+        let table = table.to_be_bytes();
+        match address {
+            Address::V4(address) => {
+                let key = Cidr4Key {
+                    table,
+                    address: *address,
+                };
+                POLICY_CIDRS4.get(Key::new(64, key)).copied()
+            }
+            Address::V6(address) => {
+                let key = Cidr6Key {
+                    table,
+                    address: *address,
+                };
+                POLICY_CIDRS6.get(Key::new(160, key)).copied()
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn flow_state(&self) -> Option<&FlowState> {
+        FLOW_STATE.get(0)
+    }
+
+    #[inline(always)]
+    fn flow(&self, table: Table, key: &FlowKey) -> Option<&'static FlowCells> {
+        let pointer = match table {
+            Table::Established => FLOWS.get_ptr_mut(key),
+            Table::New => FLOWS_NEW.get_ptr_mut(key),
+        };
+        // SAFETY: the verifier knows that the pointer is to a whole value, which has the layout of the cells.
+        pointer.map(|pointer| unsafe { &*pointer.cast::<FlowCells>() })
+    }
+
+    #[inline(always)]
+    fn insert_flow(&self, table: Table, key: &FlowKey, value: &FlowValue) -> bool {
+        match table {
+            Table::Established => FLOWS.insert(key, value, BPF_ANY.into()).is_ok(),
+            Table::New => FLOWS_NEW.insert(key, value, BPF_ANY.into()).is_ok(),
+        }
+    }
+
+    #[inline(always)]
+    fn remove_flow(&self, table: Table, key: &FlowKey) {
+        // One that is gone already was removed by another CPU, or by the agent.
+        let _ = match table {
+            Table::Established => FLOWS.remove(key),
+            Table::New => FLOWS_NEW.remove(key),
+        };
+    }
+
+    #[inline(always)]
+    fn flow_count(&self, endpoint: u16) -> u32 {
+        FLOW_COUNTS.get(endpoint.into()).copied().unwrap_or(0)
+    }
+
+    #[inline(always)]
+    fn add_flow(&self, endpoint: u16) {
+        if let Some(count) = FLOW_COUNTS.get_ptr_mut(endpoint.into()) {
+            // SAFETY: the verifier knows that the pointer is to 4 bytes, aligned. The target has no atomics of that
+            // width in `core`, but the machine has the instruction.
+            unsafe {
+                asm!("lock *(u32 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1_u64)
+            };
+        }
+    }
+
+    #[inline(always)]
+    fn fragment(&self, key: &FragmentKey) -> Option<FragmentValue> {
+        // SAFETY: the value is copied at once; an entry that is replaced meanwhile is of a datagram of the same time.
+        unsafe { FRAGMENTS.get(key) }.copied()
+    }
+
+    #[inline(always)]
+    fn insert_fragment(&self, key: &FragmentKey, value: &FragmentValue) {
+        // Where it cannot be noted, the later fragments are dropped.
+        let _ = FRAGMENTS.insert(key, value, BPF_ANY.into());
+    }
+
+    #[inline(always)]
+    fn repeat(&self, key: &RepeatKey) -> Option<&'static RepeatCells> {
+        // SAFETY: the verifier knows that the pointer is to a whole value, which has the layout of the cells.
+        EVENT_REPEATS
+            .get_ptr_mut(key)
+            .map(|pointer| unsafe { &*pointer.cast::<RepeatCells>() })
+    }
+
+    #[inline(always)]
+    fn insert_repeat(&self, key: &RepeatKey, value: &RepeatValue) {
+        // Where it cannot be noted, the next one is told as well.
+        let _ = EVENT_REPEATS.insert(key, value, BPF_ANY.into());
+    }
+
+    #[inline(always)]
+    fn emit(&self, event: &Event) {
+        match EVENTS.reserve::<Event>(0) {
+            Some(mut place) => {
+                place.write(*event);
+                place.submit(0);
+            }
+            None => add_one(&EVENTS_LOST, 0),
+        }
     }
 }
 

@@ -9,26 +9,39 @@
 
 mod arp;
 mod barrier;
+mod cells;
 mod endpoint;
+mod events;
+mod flows;
+mod host;
 mod ip;
 mod link;
 mod maps;
 mod neighbour;
 mod policy;
+mod quote;
+mod scratch;
+mod state;
 mod transport;
 mod tunnel;
+mod tuple;
 
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use barrier::{barrier_in, barrier_out};
+pub use cells::{FlowCells, RepeatCells};
 pub use endpoint::{from_pod, to_pod};
+pub use host::to_host;
 pub use ip::{Address, Ip};
 pub use link::{Link, Network};
-pub use maps::Maps;
-pub use policy::{Direction, Question, policy};
+pub use maps::{Maps, Table};
+pub use scratch::Scratch;
 pub use transport::{Fragment, Transport};
 pub use tunnel::{tun_eg, tun_in};
+pub use tuple::{Step, Tuple};
 use warren_abi::DropReason;
 
 /// A packet from its link-layer header on.
@@ -73,7 +86,23 @@ pub enum Verdict {
     Redirect {
         /// The device.
         ifindex: u32,
+        /// The whole mark.
+        mark: u32,
     },
+}
+
+impl Verdict {
+    /// The same, with bits added to the mark.
+    #[inline(always)]
+    pub(crate) fn marked(self, bits: u32) -> Self {
+        match self {
+            Self::Pass { mark } => Self::Pass { mark: mark | bits },
+            Self::Redirect { ifindex, mark } => Self::Redirect {
+                ifindex,
+                mark: mark | bits,
+            },
+        }
+    }
 }
 
 /// A verdict, or why the packet is dropped.

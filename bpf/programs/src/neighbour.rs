@@ -25,6 +25,23 @@ const TARGET_LINK_ADDRESS: u8 = 2;
 /// Options that are looked at; a message with more is refused.
 const MAX_OPTIONS: usize = 8;
 
+/// Neighbour and listener discovery, which policy does not judge: without it no other packet finds its way. Such a
+/// message cannot have crossed a router; one that did is a message like any other.
+#[inline(always)]
+pub(crate) fn is_discovery<P: Packet>(packet: &P, ip: &Ip, transport: &Transport) -> bool {
+    if transport.protocol != ICMPV6 || !matches!(transport.fragment, Fragment::Whole) {
+        return false;
+    }
+    let Ok([kind]) = ip.load::<1, _>(packet, transport.offset) else {
+        return false;
+    };
+    match kind {
+        ROUTER_SOLICITATION..=REDIRECT => ip.hops == 255,
+        LISTENER_QUERY..=LISTENER_DONE | LISTENER_REPORT_V2 => ip.hops == 1,
+        _ => false,
+    }
+}
+
 /// Checks the source of an IPv6 packet of a pod, and what it claims in neighbour discovery.
 #[inline(always)]
 pub(crate) fn check<P: Packet>(

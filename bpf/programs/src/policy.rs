@@ -1,111 +1,171 @@
-//! Policy: the one place that decides whether one identity may talk to another.
+//! Policy: the one place that decides whether an endpoint may talk to a peer. The look-ups are those of the policy
+//! engine (`mesh-agent/core/src/policy`), in its order.
 
-use warren_abi::DropReason;
+use warren_abi::{
+    DropReason, EGRESS, OwnerTag, PEER_EVERYBODY, PEER_FORWARDED, PEER_IDENTITY, PEER_MEMBER_PREFIX,
+    PEER_WORLD_PREFIX, POLICY_AUDIT, POLICY_EGRESS_OPEN, POLICY_INGRESS_OPEN, PolicyValue, PortKey,
+    VerdictKey,
+};
 
-/// Seen from the endpoint that the policy is about.
+use crate::{Address, Maps, Scratch, maps::is_pod};
+
+/// Identity of the host.
+pub(crate) const HOST: u32 = 1;
+const WORLD: u32 = 2;
+const WORLD_V4: u32 = 9;
+const WORLD_V6: u32 = 10;
+/// Nobody knows who it is: no selector matches.
+const UNKNOWN: u32 = 0;
+
+/// What policy says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// To the endpoint.
-    Ingress,
-    /// From the endpoint.
-    Egress,
+pub(crate) enum Answer {
+    /// It passes.
+    Allowed,
+    /// It would be dropped, but passes.
+    Audited(DropReason),
+    /// It is dropped.
+    Denied(DropReason),
 }
 
-/// What policy is asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Question {
-    /// Which direction.
-    pub direction: Direction,
-    /// Identity of the local endpoint.
-    pub endpoint: u32,
-    /// Identity of the other end.
-    pub peer: u32,
-    /// IP protocol number.
-    pub protocol: u8,
-    /// Source and destination port, 0 where there are none.
-    pub ports: (u16, u16),
-}
-
-/// Answers; it allows everything for now.
-#[inline(always)]
-pub fn policy(_question: &Question) -> Result<(), DropReason> {
-    Ok(())
-}
-
-/// Who is at the other end.
-pub(crate) mod identities {
-    use warren_abi::{OwnerTag, OwnerValue, SettingsValue};
-
-    use crate::{Address, Maps, Meta};
-
-    const HOST: u32 = 1;
-    const WORLD: u32 = 2;
-
-    /// Identity of a packet's sender: its mark beats its address, which may be a masquerade. What was forwarded
-    /// with this node's address is not the host: it came from outside.
-    #[inline(always)]
-    pub(crate) fn of_source<M: Maps>(
-        maps: &M,
-        settings: &SettingsValue,
-        meta: &Meta,
-        source: &Address,
-    ) -> u32 {
-        let mark = meta.mark & settings.mark_mask;
-        if mark != 0 && mark != settings.tunnel_mark {
-            return maps.endpoint_identity(mark);
-        }
-        match maps.owner(source) {
-            Some(owner) if mark == 0 && OwnerTag::parse(owner.tag) == Some(OwnerTag::LocalNode) => {
-                if meta.ingress_ifindex == 0 { HOST } else { WORLD }
-            }
-            Some(owner) => of_owner(owner),
-            None => WORLD,
-        }
-    }
-
-    /// Identity of a packet's destination.
-    #[inline(always)]
-    pub(crate) fn of_destination<M: Maps>(maps: &M, destination: &Address) -> u32 {
-        match maps.owner(destination) {
-            Some(owner) => of_owner(owner),
-            None => WORLD,
-        }
-    }
-
-    #[inline(always)]
-    fn of_owner(owner: &OwnerValue) -> u32 {
-        owner.identity
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::identities::{of_destination, of_source};
-    use crate::{
-        Address, Maps, Meta,
-        testing::{POD_IDENTITY, POD_MARK, TUNNEL_MARK, World},
+/// Asks whether the flow of `scratch.key` may be opened in the direction and with the port of `scratch.asked`; leaves
+/// the peer's identity and the rule that decided there.
+///
+/// A function of its own in the kernel too: it is called from several places, and the stack is small.
+#[inline(never)]
+pub(crate) fn judge<M: Maps>(maps: &M, scratch: &mut Scratch) -> Answer {
+    scratch.asked.rule = 0;
+    find_peer(maps, scratch);
+    let Some(policy) = maps.policy(scratch.key.endpoint) else {
+        return Answer::Denied(DropReason::NoPolicy);
     };
-
-    #[test]
-    fn the_mark_beats_the_address() {
-        let world = World::new();
-        let settings = world.settings().copied().unwrap();
-        let of = |source, mark, ingress_ifindex| {
-            let meta = Meta {
-                mark,
-                ingress_ifindex,
-                ..Meta::default()
-            };
-            of_source(&world, &settings, &meta, &Address::V4(source))
-        };
-        let node = [192, 168, 0, 1];
-        assert_eq!(of(node, 0, 0), 1, "the host");
-        assert_eq!(of(node, 0, 7), 2, "forwarded with a local source");
-        assert_eq!(of(node, POD_MARK, 7), POD_IDENTITY, "a pod behind masquerade");
-        assert_eq!(of([10, 244, 2, 9], TUNNEL_MARK, 7), 300);
-        assert_eq!(of([192, 168, 0, 2], TUNNEL_MARK, 7), 6);
-        assert_eq!(of([8, 8, 8, 8], 0, 7), 2);
-        assert_eq!(of_destination(&world, &Address::V4([10, 244, 2, 9])), 300);
-        assert_eq!(of_destination(&world, &Address::V4([8, 8, 8, 8])), 2);
+    let open = if scratch.asked.direction == EGRESS {
+        POLICY_EGRESS_OPEN
+    } else {
+        POLICY_INGRESS_OPEN
+    };
+    if policy.flags & open != 0 {
+        return Answer::Allowed;
     }
+    match decide(maps, scratch, &policy) {
+        Ok(()) => Answer::Allowed,
+        Err(reason) if policy.flags & POLICY_AUDIT != 0 => Answer::Audited(reason),
+        Err(reason) => Answer::Denied(reason),
+    }
+}
+
+#[inline(always)]
+fn decide<M: Maps>(maps: &M, scratch: &mut Scratch, policy: &PolicyValue) -> Result<(), DropReason> {
+    let port = maps.port(PortKey {
+        policy: policy.policy.to_be_bytes(),
+        direction: scratch.asked.direction,
+        protocol: scratch.key.protocol,
+        port: scratch.asked.port.to_be_bytes(),
+    });
+    let port = port.ok_or(DropReason::NoPolicy)?;
+    let mut allowed = false;
+    let mut found = Found::in_class(maps, port.class, PEER_IDENTITY, scratch.asked.peer);
+    if found.says == NOTHING {
+        found = Found::in_class(maps, port.class, PEER_EVERYBODY, 0);
+    }
+    allowed |= found.is_allowed(scratch)?;
+    if port.has_cidrs != 0 {
+        let address = Address::of(scratch.key.family, &scratch.asked.address);
+        if let Some(number) = maps.prefix(policy.cidr_table, &address) {
+            let kind = match scratch.asked.peer {
+                WORLD | WORLD_V4 | WORLD_V6 => PEER_WORLD_PREFIX,
+                _ => PEER_MEMBER_PREFIX,
+            };
+            let rule = scratch.asked.rule;
+            let by_prefix = Found::in_class(maps, port.class, kind, number).is_allowed(scratch)?;
+            if allowed {
+                scratch.asked.rule = rule;
+            }
+            allowed |= by_prefix;
+        }
+    }
+    if allowed {
+        Ok(())
+    } else {
+        Err(DropReason::DefaultDeny)
+    }
+}
+
+const NOTHING: u32 = 0;
+const ALLOW: u32 = 1;
+const DENY: u32 = 2;
+
+/// A verdict, or none. Numbers, as the verifier refuses what the compiler makes of an `Option` here: it moves members
+/// of a value that is not there.
+#[derive(Clone, Copy)]
+struct Found {
+    says: u32,
+    rule: u32,
+}
+
+impl Found {
+    #[inline(always)]
+    fn in_class<M: Maps>(maps: &M, class: u32, kind: u32, id: u32) -> Self {
+        match maps.verdict(VerdictKey { class, kind, id }) {
+            Some(value) => Self {
+                says: if value.allow == 1 { ALLOW } else { DENY },
+                rule: value.rule,
+            },
+            None => Self {
+                says: NOTHING,
+                rule: 0,
+            },
+        }
+    }
+
+    /// Notes the rule. Deny beats every allow.
+    #[inline(always)]
+    fn is_allowed(self, scratch: &mut Scratch) -> Result<bool, DropReason> {
+        match self.says {
+            NOTHING => Ok(false),
+            ALLOW => {
+                scratch.asked.rule = self.rule;
+                Ok(true)
+            }
+            _ => {
+                scratch.asked.rule = self.rule;
+                Err(DropReason::Policy)
+            }
+        }
+    }
+}
+
+/// Who the peer is: its mark beats its address, which may be a masquerade; prefixes are then asked for its own. What
+/// this host made is the host's, whatever its address; what was forwarded with this node's address came from outside.
+#[inline(always)]
+fn find_peer<M: Maps>(maps: &M, scratch: &mut Scratch) {
+    let from = scratch.asked.from;
+    scratch.asked.address = scratch.key.remote;
+    let address = scratch.remote();
+    let ingress = scratch.asked.direction != EGRESS;
+    scratch.asked.peer = if from != 0 && from != PEER_FORWARDED && from != scratch.now.tunnel_mark {
+        match maps.marked(from) {
+            Some(value) => {
+                if scratch.key.family == 4 {
+                    if value.v4 != [0; 4] {
+                        scratch.asked.address = Address::V4(value.v4).octets();
+                    }
+                } else if value.v6 != [0; 16] {
+                    scratch.asked.address = value.v6;
+                }
+                value.identity
+            }
+            None => UNKNOWN,
+        }
+    } else if ingress && from == 0 {
+        HOST
+    } else {
+        match maps.owner(&address) {
+            Some(owner) if ingress && owner.tag == OwnerTag::LocalNode as u8 => WORLD,
+            Some(owner) => owner.identity,
+            // A pod that nobody told of yet is not the world.
+            None if is_pod(maps, &address) => UNKNOWN,
+            None => WORLD,
+        }
+    };
 }

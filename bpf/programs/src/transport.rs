@@ -18,15 +18,18 @@ const MOBILITY: u8 = 135;
 const HOST_IDENTITY: u8 = 139;
 const SHIM6: u8 = 140;
 
-const TCP: u8 = 6;
-const UDP: u8 = 17;
-const SCTP: u8 = 132;
+pub(crate) const ICMP: u8 = 1;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+pub(crate) const SCTP: u8 = 132;
 pub(crate) const ICMPV6: u8 = 58;
 
 /// Whether a packet is a part of another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Fragment {
     /// It is whole.
+    #[default]
     Whole,
     /// The first part: has the transport header.
     First,
@@ -35,7 +38,7 @@ pub enum Fragment {
 }
 
 /// The transport header of a packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Transport {
     /// IP protocol number.
     pub protocol: u8,
@@ -43,6 +46,18 @@ pub struct Transport {
     pub offset: usize,
     /// Whether it is there.
     pub fragment: Fragment,
+    /// Where the fragment's payload belongs, in units of eight bytes; 0 where it is none.
+    pub fragment_offset: u16,
+    /// Identification of the datagram; 0 for IPv6 that is not in fragments.
+    pub fragment_id: u32,
+    /// What the fragments say their payload is: `protocol`, but for IPv6 also an extension header.
+    pub fragment_protocol: u8,
+}
+
+/// Protocols with ports that policy and the stack's translation know.
+#[inline(always)]
+pub(crate) const fn has_ports(protocol: u8) -> bool {
+    matches!(protocol, TCP | UDP | SCTP)
 }
 
 impl Transport {
@@ -68,6 +83,9 @@ impl Transport {
             protocol: ip.next,
             offset: ip.payload,
             fragment,
+            fragment_offset: ip.fragment_field & 0x1fff,
+            fragment_id: u32::from(ip.id),
+            fragment_protocol: ip.next,
         })
     }
 
@@ -76,6 +94,8 @@ impl Transport {
         let mut next = ip.next;
         let mut offset = ip.payload;
         let mut fragment = Fragment::Whole;
+        let mut fragment_id = 0;
+        let mut fragment_protocol = 0;
         for _ in 0..MAX_EXTENSIONS {
             let length = match next {
                 HOP_BY_HOP | DESTINATION | MOBILITY | HOST_IDENTITY | SHIM6 | ROUTING => {
@@ -90,17 +110,23 @@ impl Transport {
                     (usize::from(units) + 2) * 4
                 }
                 FRAGMENT => {
-                    let [following, _, high, low] = ip.load::<4, _>(packet, offset)?;
-                    let field = u16::from_be_bytes([high, low]);
+                    let h = ip.load::<8, _>(packet, offset)?;
+                    let field = u16::from_be_bytes([h[2], h[3]]);
+                    let id = u32::from_be_bytes([h[4], h[5], h[6], h[7]]);
                     if field & 0xfff8 != 0 {
                         return Ok(Self {
-                            protocol: following,
+                            protocol: h[0],
                             offset: offset + 8,
                             fragment: Fragment::Later,
+                            fragment_offset: field >> 3,
+                            fragment_id: id,
+                            fragment_protocol: h[0],
                         });
                     }
                     if field & 1 != 0 {
                         fragment = Fragment::First;
+                        fragment_id = id;
+                        fragment_protocol = h[0];
                     }
                     8
                 }
@@ -109,6 +135,9 @@ impl Transport {
                         protocol: next,
                         offset,
                         fragment,
+                        fragment_offset: 0,
+                        fragment_id,
+                        fragment_protocol,
                     });
                 }
             };
@@ -126,20 +155,10 @@ impl Transport {
                 protocol: next,
                 offset,
                 fragment,
+                fragment_offset: 0,
+                fragment_id,
+                fragment_protocol,
             }),
-        }
-    }
-
-    /// Source and destination port; 0 where the protocol has none or a later fragment lacks them. A packet that
-    /// ends before its ports is an error.
-    #[inline(always)]
-    pub fn ports<P: Packet>(&self, packet: &P, ip: &Ip) -> Result<(u16, u16), DropReason> {
-        match (self.protocol, self.fragment) {
-            (TCP | UDP | SCTP, Fragment::Whole | Fragment::First) => {
-                let p = ip.load::<4, _>(packet, self.offset)?;
-                Ok((u16::from_be_bytes([p[0], p[1]]), u16::from_be_bytes([p[2], p[3]])))
-            }
-            (_, Fragment::Later | Fragment::Whole | Fragment::First) => Ok((0, 0)),
         }
     }
 }
@@ -186,7 +205,14 @@ mod tests {
         let packet = Bytes(bytes);
         let ip = Ip::parse(&packet, Link { network, offset: 0 })?.expect("is IP");
         let transport = Transport::parse(&packet, &ip)?;
-        Ok((transport, transport.ports(&packet, &ip)?))
+        let ports = match (has_ports(transport.protocol), transport.fragment) {
+            (true, Fragment::Whole | Fragment::First) => {
+                let p = ip.load::<4, _>(&packet, transport.offset)?;
+                (u16::from_be_bytes([p[0], p[1]]), u16::from_be_bytes([p[2], p[3]]))
+            }
+            (_, Fragment::Later | Fragment::Whole | Fragment::First) => (0, 0),
+        };
+        Ok((transport, ports))
     }
 
     const PORTS: [u8; 8] = [0x30, 0x39, 0, 80, 0, 8, 0, 0];

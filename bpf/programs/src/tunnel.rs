@@ -1,90 +1,110 @@
 //! The two ends of a WireGuard device.
 
-use warren_abi::{DropReason, OwnerTag};
+use warren_abi::{DropReason, Hook, OwnerTag};
 
-use crate::{
-    Direction, Ip, Judgement, Link, Maps, Meta, Packet, Question, Transport, Verdict, policy,
-    policy::identities,
-};
+use crate::{Judgement, Link, Maps, Meta, Packet, Scratch, Verdict, endpoint::conclude, host, ip};
 
 /// Egress of a tunnel device: destination, its owner's node, the device that sends to it now. All traffic to
 /// other nodes is routed to one device; which one sends is read here, as only here pass host, forwarded and
-/// translated packets alike.
+/// translated packets alike. Egress policy of who was not judged before is asked here.
 #[inline(always)]
-pub fn tun_eg<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
-    let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
-    let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
-    let link = Link::parse(packet, device.l2_length, meta)?;
-    let ip = Ip::parse(packet, link)?.ok_or(DropReason::BadEthertype)?;
-    if ip.destination.is_link_scoped() {
-        return Err(DropReason::NotUnicast);
-    }
-    let owner = maps.owner(&ip.destination).ok_or(DropReason::NoOwner)?;
-    let node = match OwnerTag::parse(owner.tag) {
-        Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
-        Some(OwnerTag::LocalPod | OwnerTag::LocalNode) => return Err(DropReason::LocalDestination),
-        None => return Err(DropReason::NoOwner),
-    };
-    let transport = Transport::parse(packet, &ip)?;
-    policy(&Question {
-        direction: Direction::Egress,
-        endpoint: identities::of_source(maps, settings, meta, &ip.source),
-        peer: owner.identity,
-        protocol: transport.protocol,
-        ports: transport.ports(packet, &ip)?,
-    })?;
-    match maps.path(node) {
-        Some(path) if path.ifindex == meta.ifindex => Ok(Verdict::Pass { mark: meta.mark }),
-        Some(path) if path.ifindex != 0 => Ok(Verdict::Redirect {
-            ifindex: path.ifindex,
-        }),
-        Some(_) | None => Err(DropReason::NoPath),
-    }
+pub fn tun_eg<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    scratch.begin(Hook::TunEg, meta, packet.length(), maps.clock());
+    let planned = send(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
 }
 
 /// Ingress of a tunnel device: the source's most specific owner must be another node, and that node must be one
 /// that sends by this slot. (Within a slot the device itself binds sources to peers.)
 #[inline(always)]
-pub fn tun_in<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta) -> Judgement {
+pub fn tun_in<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    scratch.begin(Hook::TunIn, meta, packet.length(), maps.clock());
+    let planned = receive(packet, maps, meta, scratch);
+    conclude(maps, scratch, planned)
+}
+
+#[inline(never)]
+fn send<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
     let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    scratch.provenance(settings, meta);
     let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
     let link = Link::parse(packet, device.l2_length, meta)?;
-    let ip = Ip::parse(packet, link)?.ok_or(DropReason::BadEthertype)?;
-    let owner = maps.owner(&ip.source).ok_or(DropReason::BadOwner)?;
+    if !ip::read(packet, scratch, link)? {
+        return Err(DropReason::BadEthertype);
+    }
+    if scratch.ip.destination.is_link_scoped() {
+        return Err(DropReason::NotUnicast);
+    }
+    let owner = maps.owner(&scratch.ip.destination).ok_or(DropReason::NoOwner)?;
+    let node = match OwnerTag::parse(owner.tag) {
+        Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
+        Some(OwnerTag::LocalPod | OwnerTag::LocalNode) => return Err(DropReason::LocalDestination),
+        None => return Err(DropReason::NoOwner),
+    };
+    host::leave::<true, P, M>(packet, maps, scratch, 0)?;
+    let mark = meta.mark;
+    match maps.path(node) {
+        Some(path) if path.ifindex == meta.ifindex => Ok(Verdict::Pass { mark }),
+        Some(path) if path.ifindex != 0 => Ok(Verdict::Redirect {
+            ifindex: path.ifindex,
+            mark,
+        }),
+        Some(_) | None => Err(DropReason::NoPath),
+    }
+}
+
+#[inline(never)]
+fn receive<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scratch) -> Judgement {
+    let settings = maps.settings().ok_or(DropReason::NotConfigured)?;
+    scratch.provenance(settings, meta);
+    let device = maps.device(meta.ifindex).ok_or(DropReason::UnknownDevice)?;
+    let link = Link::parse(packet, device.l2_length, meta)?;
+    if !ip::read(packet, scratch, link)? {
+        return Err(DropReason::BadEthertype);
+    }
+    let owner = maps.owner(&scratch.ip.source).ok_or(DropReason::BadOwner)?;
     let node = match OwnerTag::parse(owner.tag) {
         Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
         Some(OwnerTag::LocalPod | OwnerTag::LocalNode) | None => return Err(DropReason::BadOwner),
     };
     match maps.path(node) {
-        Some(path) if path.receive_slots & device.slot_bit != 0 => Ok(Verdict::Pass {
-            mark: (meta.mark & !settings.mark_mask) | settings.tunnel_mark,
-        }),
-        Some(_) | None => Err(DropReason::WrongSlot),
+        Some(path) if path.receive_slots & device.slot_bit != 0 => {}
+        Some(_) | None => return Err(DropReason::WrongSlot),
     }
+    if host::is_own(maps, &scratch.ip.destination) {
+        host::enter::<true, P, M>(packet, maps, scratch, settings.tunnel_mark)?;
+    }
+    Ok(Verdict::Pass {
+        mark: (meta.mark & !settings.mark_mask) | settings.tunnel_mark,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{
-        Bytes, MARK_MASK, POD_V4, POD_V6, TUNNEL_MARK, TUNNEL0, TUNNEL1, World, ethernet, v4, v6,
+        MARK_MASK, POD_MARK, POD_V4, POD_V6, TUNNEL_MARK, TUNNEL0, TUNNEL1, World, ethernet, run, v4, v6,
     };
 
+    const JUDGED: u32 = TUNNEL_MARK | POD_MARK;
+
     fn out(packet: &[u8], ifindex: u32) -> Judgement {
-        tun_eg(
-            &Bytes(packet),
+        run(
+            tun_eg,
+            packet,
             &World::new(),
             &Meta {
                 ifindex,
-                mark: 5,
+                mark: POD_MARK,
                 ..Meta::default()
             },
         )
     }
 
     fn enter(packet: &[u8], ifindex: u32) -> Judgement {
-        tun_in(
-            &Bytes(packet),
+        run(
+            tun_in,
+            packet,
             &World::new(),
             &Meta {
                 ifindex,
@@ -105,19 +125,34 @@ mod tests {
     #[test]
     fn the_path_decides_the_device() {
         // Node 2 sends by slot 0, node 3 by slot 1.
-        assert_eq!(out(&to4([10, 244, 2, 9]), TUNNEL0), Ok(Verdict::Pass { mark: 5 }));
+        assert_eq!(
+            out(&to4([10, 244, 2, 9]), TUNNEL0),
+            Ok(Verdict::Pass { mark: JUDGED })
+        );
         assert_eq!(
             out(&to4([10, 244, 3, 9]), TUNNEL0),
-            Ok(Verdict::Redirect { ifindex: TUNNEL1 })
+            Ok(Verdict::Redirect {
+                ifindex: TUNNEL1,
+                mark: JUDGED
+            })
         );
-        assert_eq!(out(&to4([10, 244, 3, 9]), TUNNEL1), Ok(Verdict::Pass { mark: 5 }));
+        assert_eq!(
+            out(&to4([10, 244, 3, 9]), TUNNEL1),
+            Ok(Verdict::Pass { mark: JUDGED })
+        );
         assert_eq!(
             out(&to4([192, 168, 0, 2]), TUNNEL0),
-            Ok(Verdict::Pass { mark: 5 }),
+            Ok(Verdict::Pass { mark: JUDGED }),
             "a node"
         );
         let packet = v6(POD_V6, "fd00:10:244:3::9", 17, &[0; 8]);
-        assert_eq!(out(&packet, TUNNEL0), Ok(Verdict::Redirect { ifindex: TUNNEL1 }));
+        assert_eq!(
+            out(&packet, TUNNEL0),
+            Ok(Verdict::Redirect {
+                ifindex: TUNNEL1,
+                mark: JUDGED
+            })
+        );
     }
 
     #[test]
@@ -220,11 +255,11 @@ mod tests {
             ..Meta::default()
         };
         assert_eq!(
-            tun_in(&Bytes(&packet), &World::default(), &meta),
+            run(tun_in, &packet, &World::default(), &meta),
             Err(DropReason::NotConfigured)
         );
         assert_eq!(
-            tun_eg(&Bytes(&packet), &World::default(), &meta),
+            run(tun_eg, &packet, &World::default(), &meta),
             Err(DropReason::NotConfigured)
         );
     }
