@@ -26,7 +26,7 @@ pub(super) const HOST_IDENTITY: u32 = 1;
 pub(super) const WORLD_IDENTITY: u32 = 2;
 
 /// Ends of packets.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum End {
     Pod,
     Peer,
@@ -38,7 +38,7 @@ pub(super) enum End {
 }
 
 /// A family of addresses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Family {
     V4,
     V6,
