@@ -147,7 +147,11 @@ impl Mesh {
         let bpffs = home.join("bpf");
         fs::create_dir(&bpffs).unwrap();
         run(&format!("mount -t bpf bpf {}", bpffs.display()));
-        let cgroup = cgroup2().join(&netns);
+        // Whoever enters a namespace with `ip` sees a /sys without cgroups.
+        let cgroups = home.join("cgroups");
+        fs::create_dir(&cgroups).unwrap();
+        run(&format!("mount -t cgroup2 none {}", cgroups.display()));
+        let cgroup = cgroups.join(&netns);
         fs::create_dir(&cgroup).unwrap();
         self.nodes.push(Node {
             number,
@@ -183,16 +187,6 @@ impl Mesh {
     }
 }
 
-/// Where cgroup2 is mounted.
-fn cgroup2() -> PathBuf {
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-    let mount = mounts
-        .find(|fields| fields[2] == "cgroup2")
-        .expect("a mounted cgroup2");
-    mount[1].into()
-}
-
 impl Drop for Mesh {
     fn drop(&mut self) {
         self.keyd.stop();
@@ -212,6 +206,7 @@ impl Drop for Mesh {
             try_run(&format!("ip netns del {}", node.netns));
             try_run(&format!("umount -l {}", node.bpffs.display()));
             let _ = fs::remove_dir(&node.cgroup);
+            try_run(&format!("umount -l {}", node.home.join("cgroups").display()));
         }
         try_run(&format!("ip netns del {}", self.name));
     }
