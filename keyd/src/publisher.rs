@@ -304,6 +304,8 @@ impl Publisher {
         for session in self.sessions.keys().copied().collect::<Vec<_>>() {
             self.queue(session, Item::Updates(updates.clone()));
         }
+        let (upserts, removes) = (change.upserts.len(), change.removes.len());
+        tracing::debug!(version, upserts, removes, streams = self.sessions.len(), "published");
     }
 
     /// What is published now, at least one chunk.
