@@ -6,7 +6,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use warren_model::{
     ClusterConfig, IdentityId, Labels,
     policy::{
-        Action, CidrSet, CidrSource, LabelSource, Peer, Peers, PolicyError, PolicyRef, Rule, Selector,
+        Action, CidrSet, CidrSource, LabelSource, Peer, Peers, PolicyError, PolicyRef, Ports, Rule, Selector,
         SelectorId, Statement, Subject, Validity,
     },
 };
@@ -54,6 +54,10 @@ struct Object {
     rules: Vec<Rule<SelectorId>>,
     validity: Validity,
 }
+
+/// The most peers and ports that the rules of an object may name, groups resolved: an object travels as one message,
+/// which has a limit (4 MiB), and an agent must not be stopped by one object.
+const MOST_PARTS: usize = 20_000;
 
 /// A CiliumCIDRGroup: its prefixes, or what is wrong with it.
 type Group = Result<Vec<IpNet>, PolicyError>;
@@ -215,11 +219,22 @@ impl PolicyRepository {
         let mut out = Vec::new();
         let mut notes = Vec::new();
         let mut rules = Vec::new();
+        let mut resolved = Vec::new();
         for rule in outcome.iter().flatten() {
             notes.extend(self.group_notes(rule));
             notes.extend(self.ignored_labels(rule));
-            let resolved = self.resolve(rule.clone());
-            rules.push(resolved.map(|selector| self.acquire(&selector, &mut out)));
+            resolved.push(self.resolve(rule.clone()));
+        }
+        let parts = resolved.iter().map(parts).sum::<usize>();
+        if parts > MOST_PARTS {
+            notes.push(format!(
+                "it is too large ({parts} peers and ports, {MOST_PARTS} at most): it allows nothing, and what it \
+                 denies it denies to everybody; write several policies"
+            ));
+            resolved.iter_mut().for_each(close);
+        }
+        for rule in resolved {
+            rules.push(rule.map(|selector| self.acquire(&selector, &mut out)));
         }
         let validity = Validity::of(&outcome, &notes);
         let object = Object {
@@ -350,6 +365,34 @@ impl PolicyRepository {
         };
         prefixes.iter().map(|prefix| Peer::Cidr(set(prefix))).collect()
     }
+}
+
+/// How many peers and ports a rule names, each statement's own.
+fn parts(rule: &Rule) -> usize {
+    let ports = |statement: &Statement| match &statement.ports {
+        Ports::All => 0,
+        Ports::These(ports) => ports.len(),
+    };
+    let of = |statement: &Statement| {
+        let cidrs: usize = statement.cidrs().map(|set| 1 + set.except.len()).sum();
+        1 + statement.selectors().count() + cidrs + ports(statement)
+    };
+    rule.statements.iter().map(of).sum()
+}
+
+/// Keeps whom a rule selects and isolates, and nothing of what it allows.
+fn close(rule: &mut Rule) {
+    for statement in &mut rule.statements {
+        statement.ports = Ports::All;
+        statement.peers = match statement.action {
+            Action::Allow => Peers::These(Vec::new()),
+            Action::Deny => Peers::Any,
+        };
+    }
+    // The same for all of them now: one of a kind is enough.
+    let mut seen = BTreeSet::new();
+    rule.statements
+        .retain(|statement| seen.insert((statement.direction, statement.action)));
 }
 
 /// The names of groups that a rule refers to.

@@ -185,3 +185,39 @@ fn ignored_labels_are_named() {
         "{validity:?}"
     );
 }
+
+#[test]
+fn a_policy_that_is_too_large_closes_instead_of_stopping_agents() {
+    let cidr = |n: usize| {
+        Peer::Cidr(CidrSet {
+            source: CidrSource::Prefix(format!("10.{}.{}.0/24", n / 256, n % 256).parse().unwrap()),
+            except: vec![],
+            scope: AddressScope::World,
+        })
+    };
+    let mut large = rule("web", (0..MOST_PARTS).map(cidr).collect());
+    let mut deny = large.statements[0].clone();
+    deny.action = Action::Deny;
+    large.statements.push(deny);
+    let mut repository = PolicyRepository::new(config());
+    repository.upsert(&policy("web"), Ok(vec![large]));
+    let rules = repository.numbered_rules(&policy("web"));
+    assert!(rules[0].default_deny.ingress);
+    let peers: Vec<_> = rules[0].statements.iter().map(|s| (s.action, &s.peers)).collect();
+    assert_eq!(
+        peers,
+        [
+            (Action::Allow, &Peers::These(vec![])),
+            (Action::Deny, &Peers::Any)
+        ]
+    );
+    let validity = repository.validity(&policy("web")).unwrap();
+    assert!(validity.message.contains("too large"), "{validity:?}");
+
+    let most = rule("web", (0..MOST_PARTS - 1).map(cidr).collect());
+    repository.upsert(&policy("web"), Ok(vec![most]));
+    let rules = repository.numbered_rules(&policy("web"));
+    assert_eq!(rules[0].statements[0].cidrs().count(), MOST_PARTS - 1);
+    let bytes = serde_json::to_vec(rules).unwrap().len();
+    assert!(bytes < 3 * 1024 * 1024, "{bytes} bytes");
+}
