@@ -109,7 +109,7 @@ pub(crate) struct TunnelOptions {
     #[arg(long, default_value = "/run/wireguard")]
     pub(crate) run_dir: PathBuf,
     /// Which engine.
-    #[arg(long, value_enum, default_value_t = Engine::Boringtun)]
+    #[arg(long, value_enum, default_value_t = Engine::Warren)]
     pub(crate) engine: Engine,
     /// Begin a session of its own, so that it outlives whoever started it.
     #[arg(long, hide = true)]
@@ -119,6 +119,8 @@ pub(crate) struct TunnelOptions {
 /// The engines there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Engine {
+    /// Warren's own handshake and sessions.
+    Warren,
     /// boringtun's handshake and sessions.
     Boringtun,
 }

@@ -16,11 +16,11 @@ use tokio::{
 };
 use warren_wireguard::{
     Userspace,
-    engine::{self, EngineConfig},
+    engine::{self, EngineConfig, Implementation},
 };
 
 use crate::{
-    cli::{RunOptions, TunnelMode, TunnelOptions},
+    cli::{Engine, RunOptions, TunnelMode, TunnelOptions},
     files::make_private_dir,
     runner::Input,
 };
@@ -40,6 +40,10 @@ pub(crate) fn main(options: &TunnelOptions) -> ExitCode {
     }
     let config = EngineConfig {
         run_dir: options.run_dir.clone(),
+        implementation: match options.engine {
+            Engine::Warren => Implementation::Warren,
+            Engine::Boringtun => Implementation::Boringtun,
+        },
         ..EngineConfig::default()
     };
     match engine::run(config) {

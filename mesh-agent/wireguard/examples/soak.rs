@@ -24,7 +24,7 @@ use support::{
     Engine, Lab, Node,
     traffic::{Figures, Flow, ping},
 };
-use warren_wireguard::engine::{self, EngineConfig};
+use warren_wireguard::engine::{self, EngineConfig, Implementation};
 
 /// Seconds from one key to the next: REKEY_AFTER_TIME of WireGuard, and some for timers and retries.
 const KEY_LIFE: u64 = 130;
@@ -42,6 +42,9 @@ struct Arguments {
     /// Bytes of a datagram.
     #[arg(long, default_value_t = 200)]
     bytes: usize,
+    /// Which of this project's engines.
+    #[arg(long, default_value_t)]
+    engine: Implementation,
     /// Who is at the other end.
     #[arg(long, value_enum, default_value_t = Other::Warren)]
     peer: Other,
@@ -54,7 +57,11 @@ struct Arguments {
 enum Role {
     /// The engine of a node: how this program starts itself.
     #[command(hide = true)]
-    Engine { run_dir: PathBuf, devices: Vec<String> },
+    Engine {
+        implementation: Implementation,
+        run_dir: PathBuf,
+        devices: Vec<String>,
+    },
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -67,10 +74,14 @@ enum Other {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.role {
-        Some(Role::Engine { run_dir, devices }) => engine::run(EngineConfig {
+        Some(Role::Engine {
+            implementation,
             run_dir,
             devices,
-            ..EngineConfig::default()
+        }) => engine::run(EngineConfig {
+            run_dir,
+            devices,
+            implementation,
         })
         .map(|()| true)
         .map_err(anyhow::Error::from),
@@ -92,7 +103,10 @@ fn soak(arguments: &Arguments) -> Result<bool> {
         "network namespaces need root; run it as root"
     );
     let interrupted = watch_signals()?;
-    let own = || -> Result<Engine> { Ok(Engine::Warren(std::env::current_exe()?, vec!["engine".into()])) };
+    let own = || -> Result<Engine> {
+        let engine = vec!["engine".into(), arguments.engine.to_string()];
+        Ok(Engine::Warren(std::env::current_exe()?, engine))
+    };
     let other = match arguments.peer {
         Other::Warren => own()?,
         Other::WireguardGo => Engine::WireguardGo,

@@ -37,7 +37,7 @@ pub struct EngineStats {
     pub received_packets: u64,
     /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::DropReason`].
     pub drops: BTreeMap<String, u64>,
-    /// What the kernel does for the engine: `tun-checksum`, `tun-tso`, `tun-uso`, `udp-gso`, `udp-gro`.
+    /// What the kernel does for the engine: `tun-checksum`, `tun-tso`, `tun-uso`, `udp-gso`, `udp-gro`; and the CPU: `cipher-16-lanes`.
     #[serde(default)]
     pub offloads: Vec<String>,
 }

@@ -10,8 +10,8 @@ use support::{
 };
 
 /// With a pre-shared key. Over IPv4 the first packet, and with it the handshake, comes from our end, else from theirs.
-fn interoperates(other: Engine, outer_v6: bool) -> Result<()> {
-    let lab = Lab::new([Engine::warren(), other])?;
+fn interoperates(ours: Engine, other: Engine, outer_v6: bool) -> Result<()> {
+    let lab = Lab::new([ours, other])?;
     let (ours, theirs) = (&lab.nodes[0], &lab.nodes[1]);
     let preshared = hex::encode(support::key().expose());
     for (node, peer) in [(ours, theirs), (theirs, ours)] {
@@ -78,8 +78,8 @@ fn rekeys(lab: &Lab) -> Result<()> {
 }
 
 /// A pre-shared key changes nothing until the next handshake, and that needs both ends to have it.
-fn preshared_key_changes(other: Engine) -> Result<()> {
-    let lab = Lab::new([Engine::warren(), other])?;
+fn preshared_key_changes(ours: Engine, other: Engine) -> Result<()> {
+    let lab = Lab::new([ours, other])?;
     lab.mesh(true)?;
     let (ours, theirs) = (&lab.nodes[0], &lab.nodes[1]);
     ping(theirs, ours.inner_v4(), 56)?;
@@ -110,30 +110,45 @@ fn preshared_key_changes(other: Engine) -> Result<()> {
 
 #[test]
 fn preshared_keys_change_without_loss() -> Result<()> {
-    preshared_key_changes(Engine::warren())
+    preshared_key_changes(Engine::warren(), Engine::warren())
+}
+
+#[test]
+fn preshared_keys_change_without_loss_with_boringtun() -> Result<()> {
+    preshared_key_changes(Engine::warren_boringtun(), Engine::warren_boringtun())
 }
 
 #[test]
 fn preshared_keys_change_without_loss_with_wireguard_go() -> Result<()> {
-    preshared_key_changes(Engine::WireguardGo)
+    preshared_key_changes(Engine::warren(), Engine::WireguardGo)
 }
 
 #[test]
 fn wireguard_go_over_ipv4() -> Result<()> {
-    interoperates(Engine::WireguardGo, false)
+    interoperates(Engine::warren(), Engine::WireguardGo, false)
 }
 
 #[test]
 fn wireguard_go_over_ipv6() -> Result<()> {
-    interoperates(Engine::WireguardGo, true)
+    interoperates(Engine::warren(), Engine::WireguardGo, true)
+}
+
+#[test]
+fn wireguard_go_and_boringtun() -> Result<()> {
+    interoperates(Engine::warren_boringtun(), Engine::WireguardGo, true)
 }
 
 #[test]
 fn boringtun_cli_over_ipv4() -> Result<()> {
-    interoperates(Engine::BoringtunCli, false)
+    interoperates(Engine::warren(), Engine::BoringtunCli, false)
 }
 
 #[test]
 fn boringtun_cli_over_ipv6() -> Result<()> {
-    interoperates(Engine::BoringtunCli, true)
+    interoperates(Engine::warren(), Engine::BoringtunCli, true)
+}
+
+#[test]
+fn our_two_engines() -> Result<()> {
+    interoperates(Engine::warren(), Engine::warren_boringtun(), false)
 }

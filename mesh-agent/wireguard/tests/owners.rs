@@ -37,7 +37,16 @@ fn spoof(from: &Node, source: &str, to: &Node) -> Result<u64> {
 /// Node 1 hears node 2, which owns 10.0.0.0/8, and node 3, which owns 10.3.0.0/16.
 #[test]
 fn only_the_most_specific_owner_may_send_from_an_address() -> Result<()> {
-    let lab = Lab::new([Engine::warren(), Engine::warren(), Engine::warren()])?;
+    most_specific(Engine::warren())
+}
+
+#[test]
+fn only_the_most_specific_owner_may_send_from_an_address_with_boringtun() -> Result<()> {
+    most_specific(Engine::warren_boringtun())
+}
+
+fn most_specific(engine: Engine) -> Result<()> {
+    let lab = Lab::new([engine.clone(), engine.clone(), engine])?;
     lab.mesh(false)?;
     let [receiver, wide, narrow] = &lab.nodes[..] else {
         unreachable!()
@@ -192,7 +201,16 @@ async fn changes_under_traffic_lose_nothing() -> Result<()> {
 
 #[test]
 fn new_keys_under_traffic_lose_nothing() -> Result<()> {
-    let lab = Lab::new([Engine::warren(), Engine::warren()])?;
+    new_keys(Engine::warren())
+}
+
+#[test]
+fn new_keys_under_traffic_lose_nothing_with_boringtun() -> Result<()> {
+    new_keys(Engine::warren_boringtun())
+}
+
+fn new_keys(engine: Engine) -> Result<()> {
+    let lab = Lab::new([engine.clone(), engine])?;
     lab.mesh(false)?;
     let (a, b) = (&lab.nodes[0], &lab.nodes[1]);
     ping(a, b.inner_v4(), 56)?;

@@ -13,6 +13,7 @@ use warren_model::{PrivateKey, PublicKey};
 use super::{
     Implementation,
     device::{Device, Key, State},
+    own::OwnIdentity,
     peer::{self, Peer, PeerChange},
     readers::Readers,
     transport::Identity,
@@ -122,6 +123,7 @@ fn set_key(state: &mut State, private: Option<PrivateKey>, implementation: Imple
         let secret = x25519_dalek::StaticSecret::from(*private.expose());
         let public = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes()).ok();
         let identity: Arc<dyn Identity> = match implementation {
+            Implementation::Warren => Arc::new(OwnIdentity::new(&private)),
             Implementation::Boringtun => Arc::new(TunnIdentity::new(&private)),
         };
         Key {

@@ -15,6 +15,7 @@ use warren_model::{PrivateKey, PublicKey};
 use super::{
     Implementation,
     drops::{Counters, DropReason},
+    lanes::Lanes,
     peer::{self, Path, Peer},
     readers::Readers,
     table::Table,
@@ -126,11 +127,13 @@ impl Device {
         self.mtu.load(Ordering::Relaxed)
     }
 
-    /// What the kernel does for the device, by name.
+    /// What the kernel and the CPU do for the device, by name.
     pub(super) fn offloads(&self) -> Vec<&'static str> {
         let sockets = self.read().sockets.clone();
         let udp = sockets.iter().flat_map(|sockets| sockets.offloads());
-        self.tun.offloads().chain(udp).collect()
+        let lanes = self.implementation == Implementation::Warren && Lanes::available();
+        let cipher = lanes.then_some("cipher-16-lanes");
+        self.tun.offloads().chain(udp).chain(cipher).collect()
     }
 
     /// Runs the timers of all peers.

@@ -8,7 +8,8 @@ use super::{
     merge::{Merger, Write},
     mmsg::Inbox,
     packet,
-    peer::{self, Peer},
+    peer::{self, Path, Peer},
+    session::{Outcome, Receiving},
     transport::Admission,
     virtio::Kind,
 };
@@ -109,7 +110,16 @@ impl Work {
             (Arc::clone(&key.identity), state.sockets.clone())
         };
         let first = &buffer[run.start..(run.start + run.segment).min(run.end)];
+        self.opened.clear();
+        let path = device.path(&sockets);
         let peer = match identity.admit(run.from, first, &mut self.scratch, now) {
+            Admission::Session(index, session) => {
+                let Some(peer) = device.read().indices.get(&index).cloned() else {
+                    return device.counters.drop_many(DropReason::UnknownIndex, count);
+                };
+                self.open(&peer, &session, run, buffer, now, path);
+                return self.accept(device, &peer, run.start, buffer);
+            }
             Admission::Initiation(key) => {
                 let peer = device.read().peers.get(&key).cloned();
                 peer.ok_or(DropReason::UnknownPeer)
@@ -131,17 +141,42 @@ impl Work {
             Ok(peer) => peer,
             Err(reason) => return device.counters.drop_many(reason, count),
         };
-        self.opened.clear();
+        let messages = &mut buffer[run.start..run.end];
         peer.receive(
-            &mut buffer[run.start..run.end],
+            messages,
             run.segment,
             run.from,
             now,
-            device.path(&sockets),
+            path,
             &mut self.scratch,
             &mut self.opened,
         );
         self.accept(device, &peer, run.start, buffer);
+    }
+
+    /// Opens messages with their session, without its peer; then the peer hears of it.
+    fn open(
+        &mut self,
+        peer: &Peer,
+        session: &Arc<Receiving>,
+        run: Run,
+        buffer: &mut [u8],
+        now: Instant,
+        path: Path<'_>,
+    ) {
+        let messages = &mut buffer[run.start..run.end];
+        let outcome = session.open_all(messages, run.segment, now, &mut self.opened, |reason| {
+            path.counters.drop(reason);
+        });
+        if outcome.bytes == 0 {
+            return;
+        }
+        let Outcome { bytes, data } = outcome;
+        if !peer.heard(session, bytes, data, run.from, now, path, &mut self.scratch) {
+            path.counters
+                .drop_many(DropReason::NoSession, self.opened.len() as u64);
+            self.opened.clear();
+        }
     }
 
     /// Keeps the packets whose source is the sender's (P3): the most specific owner over all peers of the device, not just

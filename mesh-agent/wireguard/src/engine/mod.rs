@@ -14,21 +14,37 @@
 //! the main one attaches and lets go of devices. A panic in any of them ends the process, so that whoever supervises
 //! it starts it anew.
 //!
+//! The protocol is spoken by one of two implementations behind one trait (`transport`): our own (`noise`, `cookie`,
+//! `machine`: handshakes and timers without IO; `session`: two halves that seal and open in place, each used by its own
+//! thread; `lanes`: a cipher for many messages at once), or boringtun's `Tunn`.
+//!
 //! Locks, in this order: the engine's devices, a device's configuration, a device's state (held for a lookup), a
-//! peer (held while a packet is sealed and sent, which keeps the order of packets).
+//! peer (held while counters are taken and the peer hears of messages; with boringtun while it seals and opens), the table of
+//! session indices. Taken per buffer of packets, not per packet. Order is kept: one thread sends what the device hands over,
+//! and what waited for a handshake goes out under the peer's lock before it.
 
 mod checksum;
 mod configure;
 mod control;
+mod cookie;
 mod device;
 mod drops;
 mod incoming;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+#[cfg(not(target_arch = "x86_64"))]
+#[path = "lanes_none.rs"]
+mod lanes;
+mod machine;
 mod merge;
 mod mmsg;
+mod noise;
 mod outgoing;
+mod own;
 mod packet;
 mod peer;
 mod readers;
+mod session;
 mod split;
 mod supervisor;
 mod table;
@@ -39,6 +55,7 @@ mod tun;
 mod tunn;
 mod udp;
 mod virtio;
+mod window;
 
 use std::path::PathBuf;
 
@@ -63,14 +80,17 @@ pub const ENGINE_SOCKET: &str = "warren-engine.control";
 /// Who speaks the WireGuard protocol.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Implementation {
-    /// `boringtun::noise::Tunn`.
+    /// This project's own: sessions that two threads use at once, in place.
     #[default]
+    Warren,
+    /// `boringtun::noise::Tunn`.
     Boringtun,
 }
 
 impl std::fmt::Display for Implementation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
+            Self::Warren => f.write_str("warren"),
             Self::Boringtun => f.write_str("boringtun"),
         }
     }
@@ -81,8 +101,9 @@ impl std::str::FromStr for Implementation {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
+            "warren" => Ok(Self::Warren),
             "boringtun" => Ok(Self::Boringtun),
-            _ => Err(format!("unknown engine {text:?}; the only one is boringtun")),
+            _ => Err(format!("unknown engine {text:?}; there are warren and boringtun")),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::{
     net::SocketAddr,
     ops::Range,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -15,6 +15,7 @@ use warren_model::PublicKey;
 
 use super::{
     drops::{Counters, DropReason},
+    session::Receiving,
     transport::{DATA_HEADER, Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, TAG, Tick, Transport},
     udp::Sockets,
 };
@@ -62,8 +63,8 @@ struct Inner {
 
 impl Inner {
     /// What can seal now.
-    fn ready(&mut self) -> Option<&mut Box<dyn Transport>> {
-        let ready = |transport: &&mut Box<dyn Transport>| transport.ready();
+    fn ready(&mut self, now: Instant) -> Option<&mut Box<dyn Transport>> {
+        let ready = |transport: &&mut Box<dyn Transport>| transport.ready(now);
         self.transport
             .as_mut()
             .filter(ready)
@@ -150,7 +151,8 @@ impl Peer {
             && preshared_key != inner.preshared_key
         {
             inner.preshared_key = preshared_key;
-            let sessions = inner.transport.take().filter(|transport| transport.ready());
+            let now = Instant::now();
+            let sessions = inner.transport.take().filter(|transport| transport.ready(now));
             self.renew(inner, identity);
             inner.previous = sessions.or(inner.previous.take());
             anew = true;
@@ -190,29 +192,29 @@ impl Peer {
     /// Begins a handshake where one is wanted: packets wait, or there is a keepalive interval. `anew` does so even
     /// when one is in progress.
     pub(super) fn wake(&self, anew: bool, path: Path<'_>, out: &mut [u8]) {
-        let inner = &mut *self.lock();
+        let (inner, now) = (&mut *self.lock(), Instant::now());
         let wanted = inner.keepalive_seconds > 0 || !inner.queue.is_empty();
         if wanted
             && inner
                 .transport
                 .as_ref()
-                .is_some_and(|transport| !transport.ready())
+                .is_some_and(|transport| !transport.ready(now))
         {
-            self.initiate(inner, anew, path, out);
+            self.initiate(inner, anew, now, path, out);
         }
     }
 
     /// Begins a handshake whether or not there is a session.
     pub(super) fn rekey(&self, path: Path<'_>, out: &mut [u8]) {
-        self.initiate(&mut self.lock(), false, path, out);
+        self.initiate(&mut self.lock(), false, Instant::now(), path, out);
     }
 
-    fn initiate(&self, inner: &mut Inner, force: bool, path: Path<'_>, out: &mut [u8]) {
+    fn initiate(&self, inner: &mut Inner, force: bool, now: Instant, path: Path<'_>, out: &mut [u8]) {
         if inner.endpoint.is_some()
             && let Some(transport) = &mut inner.transport
         {
-            let len = transport.initiate(force, out);
-            self.transmit(inner, &out[..len], path);
+            let len = transport.initiate(force, now, out);
+            self.transmit(inner, &out[..len], now, path);
         }
     }
 
@@ -226,27 +228,32 @@ impl Peer {
         path: Path<'_>,
         out: &mut [u8],
     ) -> Option<SocketAddr> {
-        let count = messages.len().div_ceil(segment);
-        let inner = &mut *self.lock();
+        let count = messages.len().div_ceil(segment) as u64;
+        let mut inner = self.lock();
         if inner.transport.is_none() {
-            path.counters.drop_many(DropReason::NoKey, count as u64);
+            path.counters.drop_many(DropReason::NoKey, count);
             return None;
         }
         if inner.endpoint.is_none() {
-            path.counters.drop_many(DropReason::NoEndpoint, count as u64);
+            path.counters.drop_many(DropReason::NoEndpoint, count);
             return None;
         }
-        self.flush(inner, path, out);
-        if let Some(transport) = inner.ready() {
-            let sealed = messages
-                .chunks_mut(segment)
-                .all(|message| transport.seal(message, out));
-            if sealed {
-                inner.last_traffic = now;
-                return inner.endpoint;
+        self.flush(&mut inner, now, path, out);
+        if let Some(transport) = inner.ready(now) {
+            let sealing = transport.reserve(count, now);
+            let in_place = sealing.is_none()
+                && messages
+                    .chunks_mut(segment)
+                    .all(|message| transport.seal(message, now, out));
+            inner.last_traffic = now;
+            let endpoint = inner.endpoint;
+            // The peer is free for other threads while its packets are sealed; the counters are ours.
+            drop(inner);
+            let sealed = in_place || sealing.is_some_and(|sealing| sealing.seal(messages, segment));
+            if !sealed {
+                path.counters.drop_many(DropReason::Internal, count);
             }
-            path.counters.drop_many(DropReason::Internal, count as u64);
-            return None;
+            return endpoint.filter(|_| sealed);
         }
         for message in messages.chunks(segment) {
             if inner.queue.len() >= QUEUE {
@@ -255,7 +262,7 @@ impl Peer {
             }
             inner.queue.push_back(message.to_vec());
         }
-        self.initiate(inner, false, path, out);
+        self.initiate(&mut inner, false, now, path, out);
         None
     }
 
@@ -285,7 +292,7 @@ impl Peer {
         for message in messages.chunks_mut(segment) {
             let (at, len) = (start + DATA_HEADER, message.len());
             start += len;
-            match Self::open(inner, message, out) {
+            match Self::open(inner, message, now, out) {
                 Err(reason) => path.counters.drop(reason),
                 Ok(Opened::Cookie) => {}
                 Ok(result) => {
@@ -294,27 +301,61 @@ impl Peer {
                     inner.endpoint = Some(from);
                     match result {
                         Opened::Packet(len) => opened.push(at..at + len),
-                        Opened::Reply(len) => drop(self.transmit(inner, &out[..len], path)),
+                        Opened::Reply(len) => drop(self.transmit(inner, &out[..len], now, path)),
                         Opened::Keepalive | Opened::Cookie => {}
                     }
                 }
             }
         }
-        if authentic == 0 {
-            return;
+        if authentic > 0 {
+            self.note_authentic(inner, authentic, now, path, out);
         }
-        inner.last_traffic = now;
-        self.received.fetch_add(authentic as u64, Ordering::Relaxed);
-        self.note_handshakes(inner, path);
-        self.flush(inner, path, out);
     }
 
-    fn open(inner: &mut Inner, message: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason> {
+    /// Messages of `bytes` bytes of a session were opened without us. Whether the session is still one of the peer's;
+    /// otherwise what was in them must be forgotten.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a thread's buffer, and where the messages are from"
+    )]
+    pub(super) fn heard(
+        &self,
+        session: &Arc<Receiving>,
+        bytes: usize,
+        data: bool,
+        from: SocketAddr,
+        now: Instant,
+        path: Path<'_>,
+        out: &mut [u8],
+    ) -> bool {
+        let inner = &mut *self.lock();
+        let mut transports = inner.transport.iter_mut().chain(&mut inner.previous);
+        if !transports.any(|transport| transport.heard(session, data, now)) {
+            return false;
+        }
+        inner.endpoint = Some(from);
+        self.note_authentic(inner, bytes, now, path, out);
+        true
+    }
+
+    fn note_authentic(&self, inner: &mut Inner, bytes: usize, now: Instant, path: Path<'_>, out: &mut [u8]) {
+        inner.last_traffic = now;
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.note_handshakes(inner, path);
+        self.flush(inner, now, path, out);
+    }
+
+    fn open(
+        inner: &mut Inner,
+        message: &mut [u8],
+        now: Instant,
+        out: &mut [u8],
+    ) -> Result<Opened, DropReason> {
         let transport = inner.transport.as_mut().ok_or(DropReason::NoKey)?;
-        let opened = transport.open(message, out);
+        let opened = transport.open(message, now, out);
         match (opened, &mut inner.previous) {
             (Err(DropReason::NoSession | DropReason::NotAuthentic), Some(previous)) => {
-                previous.open(message, out)
+                previous.open(message, now, out)
             }
             (opened, _) => opened,
         }
@@ -331,16 +372,16 @@ impl Peer {
     }
 
     /// Sends what waited, in order.
-    fn flush(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
+    fn flush(&self, inner: &mut Inner, now: Instant, path: Path<'_>, out: &mut [u8]) {
         while !inner.queue.is_empty() {
-            if inner.ready().is_none() {
+            if inner.ready(now).is_none() {
                 return;
             }
             let Some(mut message) = inner.queue.pop_front() else {
                 return;
             };
-            let Some(transport) = inner.ready() else { return };
-            if transport.seal(&mut message, out) && self.transmit(inner, &message, path) {
+            let Some(transport) = inner.ready(now) else { return };
+            if transport.seal(&mut message, now, out) && self.transmit(inner, &message, now, path) {
                 path.counters.sent(1);
             }
         }
@@ -352,11 +393,11 @@ impl Peer {
         let Some(transport) = &mut inner.transport else {
             return;
         };
-        match transport.tick(out) {
+        match transport.tick(now, out) {
             Tick::Idle => {}
             Tick::Send(len) => {
                 if inner.endpoint.is_some() {
-                    self.transmit(inner, &out[..len], path);
+                    self.transmit(inner, &out[..len], now, path);
                 }
             }
             Tick::Expired => {
@@ -368,24 +409,24 @@ impl Peer {
         let interval = Duration::from_secs(inner.keepalive_seconds.into());
         if !interval.is_zero() && now.saturating_duration_since(inner.last_traffic) >= interval {
             inner.last_traffic = now;
-            self.keep_alive(inner, path, out);
+            self.keep_alive(inner, now, path, out);
         }
     }
 
-    fn keep_alive(&self, inner: &mut Inner, path: Path<'_>, out: &mut [u8]) {
-        match inner.ready() {
+    fn keep_alive(&self, inner: &mut Inner, now: Instant, path: Path<'_>, out: &mut [u8]) {
+        match inner.ready(now) {
             Some(transport) => {
                 let mut message = [0; DATA_HEADER + TAG];
-                if transport.seal(&mut message, out) {
-                    self.transmit(inner, &message, path);
+                if transport.seal(&mut message, now, out) {
+                    self.transmit(inner, &message, now, path);
                 }
             }
-            None => self.initiate(inner, false, path, out),
+            None => self.initiate(inner, false, now, path, out),
         }
     }
 
     /// Sends a message to where the peer is. Whether it left.
-    fn transmit(&self, inner: &mut Inner, message: &[u8], path: Path<'_>) -> bool {
+    fn transmit(&self, inner: &mut Inner, message: &[u8], now: Instant, path: Path<'_>) -> bool {
         if message.is_empty() {
             return false;
         }
@@ -395,7 +436,7 @@ impl Peer {
         };
         match sockets.send(message, endpoint) {
             Ok(()) => {
-                inner.last_traffic = Instant::now();
+                inner.last_traffic = now;
                 self.sent.fetch_add(message.len() as u64, Ordering::Relaxed);
                 true
             }

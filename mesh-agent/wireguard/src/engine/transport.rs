@@ -3,11 +3,14 @@
 //! Data is sealed and opened where it lies. Other messages are written to the beginning of `out`, and their length is
 //! returned; `out` must hold the largest message, and [`LARGEST_HANDSHAKE`] bytes at least. What it held is lost.
 
-use std::{net::SocketAddr, time::Instant};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use warren_model::PublicKey;
 
-use super::drops::DropReason;
+use super::{
+    drops::DropReason,
+    session::{Receiving, Sealing},
+};
 use crate::uapi::PresharedKey;
 
 /// Bytes in front of the packet in a data message: type, index, counter.
@@ -41,12 +44,13 @@ pub(super) trait Identity: Send + Sync {
 }
 
 /// What to do with a datagram.
-#[derive(Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     /// A handshake of whoever owns this key; not authenticated yet.
     Initiation(PublicKey),
     /// For the transport of this index; not authenticated yet.
     Index(u32),
+    /// Data for this session of the transport of this index, to be opened without it; then [`Transport::heard`].
+    Session(u32, Arc<Receiving>),
     /// Too many handshakes: send back this many bytes of `out`.
     Cookie(usize),
     /// Nothing.
@@ -56,22 +60,33 @@ pub(super) enum Admission {
 /// One peer's handshake and session state.
 pub(super) trait Transport: Send {
     /// Whether a packet can be sealed now.
-    fn ready(&self) -> bool;
+    fn ready(&self, now: Instant) -> bool;
 
     /// Handshakes completed so far, in either role.
     fn handshakes(&self) -> u64;
 
+    /// What seals `count` packets without the transport; `None` where only [`Self::seal`] does.
+    fn reserve(&mut self, _count: u64, _now: Instant) -> Option<Sealing> {
+        None
+    }
+
     /// Seals the packet in a message of [`OVERHEAD`] bytes more than it, or a keepalive. Whether there was a session.
-    fn seal(&mut self, message: &mut [u8], out: &mut [u8]) -> bool;
+    fn seal(&mut self, message: &mut [u8], now: Instant, out: &mut [u8]) -> bool;
 
     /// Begins a handshake. 0 when one is in progress already and `force` is not given.
-    fn initiate(&mut self, force: bool, out: &mut [u8]) -> usize;
+    fn initiate(&mut self, force: bool, now: Instant, out: &mut [u8]) -> usize;
 
     /// Takes a message of the network, at most `out.len()` bytes. A packet is left where it was in the message.
-    fn open(&mut self, message: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason>;
+    fn open(&mut self, message: &mut [u8], now: Instant, out: &mut [u8]) -> Result<Opened, DropReason>;
+
+    /// Authentic messages of this session were opened; `data`: they had content. Whether the session is still one of the
+    /// transport's.
+    fn heard(&mut self, _session: &Arc<Receiving>, _data: bool, _now: Instant) -> bool {
+        false
+    }
 
     /// Runs the timers. To be called several times a second.
-    fn tick(&mut self, out: &mut [u8]) -> Tick;
+    fn tick(&mut self, now: Instant, out: &mut [u8]) -> Tick;
 }
 
 /// What a message of the network was.

@@ -135,7 +135,7 @@ impl TunnTransport {
 }
 
 impl Transport for TunnTransport {
-    fn ready(&self) -> bool {
+    fn ready(&self, _now: Instant) -> bool {
         self.ready
     }
 
@@ -144,7 +144,7 @@ impl Transport for TunnTransport {
     }
 
     /// `Tunn` copies, and wants room for a handshake in any case.
-    fn seal(&mut self, message: &mut [u8], out: &mut [u8]) -> bool {
+    fn seal(&mut self, message: &mut [u8], _now: Instant, out: &mut [u8]) -> bool {
         if !self.ready {
             return false;
         }
@@ -158,14 +158,14 @@ impl Transport for TunnTransport {
         }
     }
 
-    fn initiate(&mut self, force: bool, out: &mut [u8]) -> usize {
+    fn initiate(&mut self, force: bool, _now: Instant, out: &mut [u8]) -> usize {
         match self.tunn.format_handshake_initiation(out, force) {
             TunnResult::WriteToNetwork(message) => message.len(),
             _ => 0,
         }
     }
 
-    fn open(&mut self, datagram: &mut [u8], out: &mut [u8]) -> Result<Opened, DropReason> {
+    fn open(&mut self, datagram: &mut [u8], _now: Instant, out: &mut [u8]) -> Result<Opened, DropReason> {
         let kind = datagram.first().copied().unwrap_or(0);
         // An empty datagram would mean "flush the queue".
         if !(INITIATION..=DATA).contains(&kind) {
@@ -200,7 +200,7 @@ impl Transport for TunnTransport {
         Ok(opened)
     }
 
-    fn tick(&mut self, out: &mut [u8]) -> Tick {
+    fn tick(&mut self, _now: Instant, out: &mut [u8]) -> Tick {
         let tick = match self.tunn.update_timers(out) {
             TunnResult::WriteToNetwork(message) => Tick::Send(message.len()),
             TunnResult::Err(WireGuardError::ConnectionExpired) => Tick::Expired,

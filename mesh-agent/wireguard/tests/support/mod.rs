@@ -43,9 +43,19 @@ pub enum Engine {
 impl Engine {
     /// This crate's engine as built for tests.
     pub fn warren() -> Self {
+        Self::warren_with("warren")
+    }
+
+    /// With the sessions of boringtun.
+    pub fn warren_boringtun() -> Self {
+        Self::warren_with("boringtun")
+    }
+
+    fn warren_with(implementation: &str) -> Self {
         let beside = std::env::current_exe().expect("own path");
         let debug = beside.parent().and_then(Path::parent).expect("target directory");
-        Self::Warren(debug.join("warren-tunnel-engine"), Vec::new())
+        let arguments = vec![format!("--engine={implementation}")];
+        Self::Warren(debug.join("warren-tunnel-engine"), arguments)
     }
 }
 
