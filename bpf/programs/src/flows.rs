@@ -315,7 +315,7 @@ fn is_let_in<M: Maps>(maps: &M, scratch: &Scratch, state: &FlowState) -> bool {
 #[inline(always)]
 fn is_translated<M: Maps>(maps: &M, scratch: &Scratch, state: &FlowState) -> bool {
     let source = scratch.remote();
-    let marked = scratch.now.from == scratch.now.tunnel_mark || scratch.from_endpoint();
+    let marked = scratch.now.from == scratch.now.tunnel_mark || scratch.is_from_endpoint();
     if is_service(maps, &source) {
         return true;
     }

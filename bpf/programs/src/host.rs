@@ -38,7 +38,7 @@ pub(crate) fn leave<const READ: bool, P: Packet, M: Maps>(
         replies: Replies::Judged,
         task: Task::Judge,
     };
-    if scratch.from_endpoint() {
+    if scratch.is_from_endpoint() {
         if scratch.now.judged {
             return Ok(());
         }
@@ -62,7 +62,8 @@ pub(crate) fn leave<const READ: bool, P: Packet, M: Maps>(
 /// address, where the host's policy is asked. So the flow is noted.
 #[inline(always)]
 pub(crate) fn note_masquerade<M: Maps>(maps: &M, scratch: &mut Scratch) {
-    if scratch.from_endpoint() && scratch.tuple.known && is_own(maps, &scratch.ip.source) && !is_open(maps) {
+    if scratch.is_from_endpoint() && scratch.tuple.known && is_own(maps, &scratch.ip.source) && !is_open(maps)
+    {
         scratch.ways[1] = Way {
             endpoint: MASQUERADED,
             identity: policy::HOST,
@@ -135,7 +136,7 @@ fn plan<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scr
         return Err(DropReason::BadEthertype);
     }
     let own = is_own(maps, &scratch.ip.destination);
-    let unjudged = scratch.from_endpoint() && !scratch.now.judged;
+    let unjudged = scratch.is_from_endpoint() && !scratch.now.judged;
     if !own && !unjudged {
         return pass;
     }

@@ -130,7 +130,7 @@ impl Scratch {
 
     /// The packet comes from a local endpoint.
     #[inline(always)]
-    pub(crate) fn from_endpoint(&self) -> bool {
+    pub(crate) fn is_from_endpoint(&self) -> bool {
         self.now.from != 0
             && self.now.from != warren_abi::PEER_FORWARDED
             && self.now.from != self.now.tunnel_mark

@@ -91,7 +91,7 @@ pub(crate) fn read<P: Packet, M: Maps>(
     if scratch.tuple.known {
         return Ok(());
     }
-    let ip = &scratch.ip.clone();
+    let ip = &{ scratch.ip };
     let transport = Transport::parse(packet, ip)?;
     scratch.transport = transport;
     scratch.tuple.protocol = transport.protocol;
@@ -215,7 +215,7 @@ fn icmp(tuple: &mut Tuple, protocol: u8, kind: u8, id: [u8; 2]) {
         // Unreachable, time exceeded, parameter problem; for IPv6 too big (RFC 792, 4443). Redirects are none: they
         // change routes.
         tuple.error = if v6 {
-            kind >= 1 && kind <= 4
+            matches!(kind, 1..=4)
         } else {
             matches!(kind, 3 | 11 | 12)
         };
