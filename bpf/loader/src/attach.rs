@@ -87,7 +87,7 @@ impl Attacher {
             && pinned.info.ifindex == Some(ifindex)
             && is_first(ifindex, direction, pinned.info.id).map_err(describe)?
         {
-            if attached_program(pinned.info.program)? == Some(programs.info(name)?) {
+            if programs.is(name, pinned.info.program)? {
                 return Ok(());
             }
             match sys::link_update(&pinned.link, program) {
@@ -153,7 +153,7 @@ impl Attacher {
                 let describe = |source| kernel_error(format!("query of device {ifindex}"), ifindex, source);
                 Ok(pinned.info.ifindex == Some(ifindex)
                     && is_first(ifindex, direction, pinned.info.id).map_err(describe)?
-                    && attached_program(pinned.info.program)? == Some(programs.info(name)?))
+                    && programs.is(name, pinned.info.program)?)
             }
         }
     }
@@ -168,7 +168,7 @@ impl Attacher {
         let filters = clsact::filters(ifindex, direction)
             .map_err(|source| kernel_error(format!("query of device {ifindex}"), ifindex, source))?;
         match filters.as_slice() {
-            [only] if only.first => Ok(attached_program(only.program)? == Some(programs.info(name)?)),
+            [only] if only.first => programs.is(name, only.program),
             _ => Ok(false),
         }
     }

@@ -135,6 +135,8 @@ impl Datapath {
             for endpoint in &endpoints {
                 self.set_endpoint(endpoint)?;
             }
+            // Flows remember marks.
+            self.raise_revision()?;
         }
         Ok(())
     }

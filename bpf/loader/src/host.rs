@@ -2,12 +2,7 @@
 
 use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
-use crate::{
-    Datapath, Error,
-    attach::{attached_program, remove},
-    programs::TO_HOST,
-    sys,
-};
+use crate::{Datapath, Error, attach::remove, programs::TO_HOST, sys};
 
 impl Datapath {
     /// Attaches `to_host` to a directory of a cgroup2 file system: it judges what sockets of processes there and below
@@ -27,7 +22,7 @@ impl Datapath {
         if let Some(link) = sys::open_pin(&path).map_err(io_error)? {
             let info = sys::link_info(&link).map_err(io_error)?;
             if info.cgroup == Some(number) {
-                if attached_program(info.program)? != Some(self.programs.info(TO_HOST)?) {
+                if !self.programs.is(TO_HOST, info.program)? {
                     sys::link_update(&link, self.programs.fd(TO_HOST)?).map_err(describe)?;
                 }
                 return self.retire_old_versions();
@@ -65,7 +60,7 @@ impl Datapath {
             return Ok(None);
         };
         let info = sys::link_info(&link).map_err(io_error)?;
-        let current = attached_program(info.program)? == Some(self.programs.info(TO_HOST)?);
+        let current = self.programs.is(TO_HOST, info.program)?;
         Ok(Some((info.cgroup, current)))
     }
 }

@@ -1,18 +1,21 @@
 //! The loaded programs.
 
 use std::{
+    collections::BTreeSet,
     os::fd::BorrowedFd,
     path::{Path, PathBuf},
 };
 
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::MapData,
     programs::{CgroupSkb, Program, RawTracePoint, SchedClassifier},
 };
 use warren_abi::names;
 
 use crate::{
     Error, Role,
+    attach::attached_program,
     sys::{self, Direction, ProgramInfo},
 };
 
@@ -39,6 +42,8 @@ pub(crate) const TO_HOST: &str = "to_host";
 pub(crate) struct Programs {
     ebpf: Ebpf,
     maps: PathBuf,
+    /// Numbers of the pinned maps.
+    shared: BTreeSet<u32>,
 }
 
 impl Programs {
@@ -55,14 +60,13 @@ impl Programs {
             let program: &mut SchedClassifier = Self::find(&mut ebpf, name)?;
             program.load().map_err(load_error)?;
         }
-        if ebpf.program(TO_HOST).is_some() {
-            let host: &mut CgroupSkb = Self::find(&mut ebpf, TO_HOST)?;
-            host.load().map_err(load_error)?;
-        }
+        let host: &mut CgroupSkb = Self::find(&mut ebpf, TO_HOST)?;
+        host.load().map_err(load_error)?;
         let tracer: &mut RawTracePoint = Self::find(&mut ebpf, TRACER)?;
         tracer.load().map_err(load_error)?;
         Ok(Self {
             ebpf,
+            shared: shared_maps(maps)?,
             maps: maps.to_owned(),
         })
     }
@@ -96,13 +100,32 @@ impl Programs {
         self.ebpf.program(name).ok_or_else(|| missing(name))
     }
 
-    /// What a program is, to compare it with one that is attached.
-    pub(crate) fn info(&self, name: &str) -> Result<ProgramInfo, Error> {
-        sys::program_info(self.fd(name)?).map_err(|source| Error::Kernel {
+    /// Whether the program of this number, wherever it is attached, is ours of this name: the same instructions on the
+    /// same pinned maps. Each copy has maps of its own beside these, which hold nothing from packet to packet.
+    pub(crate) fn is(&self, name: &str, number: u32) -> Result<bool, Error> {
+        let own = sys::program_info(self.fd(name)?).map_err(|source| Error::Kernel {
             operation: format!("query of program {name}"),
             source,
-        })
+        })?;
+        let essence = |mut info: ProgramInfo| {
+            info.maps.retain(|map| self.shared.contains(map));
+            info
+        };
+        Ok(attached_program(number)?.is_some_and(|other| essence(other) == essence(own)))
     }
+}
+
+/// Numbers of the maps that are pinned in the directory.
+fn shared_maps(directory: &Path) -> Result<BTreeSet<u32>, Error> {
+    let number = |name: &str| {
+        MapData::from_pin(directory.join(name))?
+            .info()
+            .map(|info| info.id())
+    };
+    names::ALL
+        .into_iter()
+        .map(|name| number(name).map_err(load_error))
+        .collect()
 }
 
 /// The program of a role at a hook.

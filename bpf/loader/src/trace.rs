@@ -6,7 +6,7 @@ use warren_abi::{TraceValue, limits};
 
 use crate::{
     Error,
-    attach::{Attacher, attached_program},
+    attach::Attacher,
     btf::Btf,
     maps::Maps,
     programs::{Programs, TRACER},
@@ -126,7 +126,7 @@ fn attach(programs: &Programs, attacher: &Attacher, links: &Path) -> Result<(), 
             path: path.clone(),
             source,
         })?;
-        if attached_program(info.program)? == Some(programs.info(TRACER)?) {
+        if programs.is(TRACER, info.program)? {
             return Ok(());
         }
     }

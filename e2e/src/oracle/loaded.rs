@@ -118,6 +118,7 @@ impl Run {
             if !trip.has_ports() && !portless.insert(trip.ends(cluster)) {
                 loaded.node.datapath.clear_flows()?;
                 portless.clear();
+                portless.insert(trip.ends(cluster));
             }
             let result = trip.take(&mut loaded, cluster)?;
             outcome.report.pairs += 1;

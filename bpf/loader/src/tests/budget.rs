@@ -5,7 +5,7 @@ use crate::Datapath;
 
 /// The kernel refuses programs on which its verifier spends a million instructions, and each takes about a
 /// microsecond of every agent start.
-const BUDGET: u32 = 60_000;
+const BUDGET: u32 = 300_000;
 
 #[test]
 fn the_verifier_needs_little() {

@@ -10,7 +10,7 @@ use std::{
 use super::{
     config, connect_pod, dropped, ip,
     isolation::{Peer, command, ifindex, ip as ip_command, isolated},
-    pod, set_owners,
+    open_policies, pod, set_owners,
 };
 use warren_abi::VERSION;
 
@@ -130,6 +130,7 @@ fn a_pods_traffic() {
             "unknown pods are cut off"
         );
         datapath.set_endpoint(&pod(device)).unwrap();
+        open_policies(&mut datapath);
         let never = || false;
         assert!(pod_to_host(&peer, "10.244.1.2", "10.244.1.1", never));
         assert!(

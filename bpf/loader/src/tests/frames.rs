@@ -79,3 +79,57 @@ pub(crate) fn advertisement(mac: [u8; 6], source: &str, target: &str, claimed: [
     let message = [&[136, 0, 0, 0, 0x20, 0, 0, 0], &target[..], &[2, 1], &claimed].concat();
     ethernet(mac, 0x86dd, &v6(source, "ff02::1", 58, 255, &message))
 }
+
+/// Flags of TCP.
+pub(crate) const FIN: u8 = 0x01;
+pub(crate) const SYN: u8 = 0x02;
+pub(crate) const RST: u8 = 0x04;
+pub(crate) const ACK: u8 = 0x10;
+
+/// An IPv4 packet; `fragment` is the field of flags and offset.
+pub(crate) fn v4(source: &str, destination: &str, protocol: u8, fragment: u16, payload: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(20 + payload.len()).expect("fits").to_be_bytes();
+    let [high, low] = fragment.to_be_bytes();
+    let octets = |text: &str| text.parse::<Ipv4Addr>().expect("is an address").octets();
+    [
+        &[
+            0x45, 0, length[0], length[1], 0x12, 0x34, high, low, 64, protocol, 0, 0,
+        ],
+        &octets(source)[..],
+        &octets(destination),
+        payload,
+    ]
+    .concat()
+}
+
+/// A packet of the family of its addresses.
+pub(crate) fn packet(source: &str, destination: &str, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    if source.contains(':') {
+        v6(source, destination, protocol, 64, payload)
+    } else {
+        v4(source, destination, protocol, 0, payload)
+    }
+}
+
+/// A packet in a frame.
+pub(crate) fn framed(mac: [u8; 6], packet: &[u8]) -> Vec<u8> {
+    ethernet(mac, if packet[0] >> 4 == 6 { 0x86dd } else { 0x0800 }, packet)
+}
+
+pub(crate) fn tcp(source: u16, destination: u16, flags: u8) -> Vec<u8> {
+    let mut header = [source.to_be_bytes(), destination.to_be_bytes()].concat();
+    header.extend([0, 0, 0, 1, 0, 0, 0, 0, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    header
+}
+
+/// An IPv6 fragment header before a part of a payload; `offset` in units of eight bytes.
+pub(crate) fn fragment(next: u8, offset: u16, more: bool, id: u32, part: &[u8]) -> Vec<u8> {
+    let field = (offset << 3 | u16::from(more)).to_be_bytes();
+    [&[next, 0, field[0], field[1]], &id.to_be_bytes()[..], part].concat()
+}
+
+/// An ICMP error that says "unreachable", of the family of the packet that it quotes.
+pub(crate) fn unreachable(quoted: &[u8]) -> (u8, Vec<u8>) {
+    let (protocol, kind) = if quoted[0] >> 4 == 6 { (58, 1) } else { (1, 3) };
+    (protocol, [&[kind, 1, 0, 0, 0, 0, 0, 0], quoted].concat())
+}

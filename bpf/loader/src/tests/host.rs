@@ -3,6 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use nix::mount::{MsFlags, mount};
@@ -14,8 +15,10 @@ use crate::{Datapath, Error};
 struct Cgroup(PathBuf);
 
 impl Cgroup {
-    fn new(mounted: &Path, name: &str) -> Self {
-        let directory = mounted.join(format!("warren-test-{}-{name}", std::process::id()));
+    fn new(mounted: &Path) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = mounted.join(format!("warren-test-{}-{number}", std::process::id()));
         fs::create_dir(&directory).expect("makes a cgroup");
         Self(directory)
     }
@@ -38,7 +41,7 @@ fn with_cgroups(test: fn(&Path, &Path, &Path)) {
             None::<&str>,
         )
         .expect("mounts the cgroups");
-        let (first, second) = (Cgroup::new(mounted.path(), "a"), Cgroup::new(mounted.path(), "b"));
+        let (first, second) = (Cgroup::new(mounted.path()), Cgroup::new(mounted.path()));
         test(pins, &first.0, &second.0);
         drop((first, second));
         nix::mount::umount2(mounted.path(), nix::mount::MntFlags::MNT_DETACH).expect("unmounts");

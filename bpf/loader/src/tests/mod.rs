@@ -5,7 +5,9 @@ mod contents;
 mod driver;
 mod flows;
 mod frames;
+mod host;
 mod isolation;
+mod packets;
 mod stack;
 mod tunnel;
 mod verdicts;
@@ -48,6 +50,22 @@ pub(crate) fn pod(ifindex: u32) -> Endpoint {
         mac: POD_MAC,
         addresses: vec![ip("10.244.1.2"), ip("fd00:10:244:1::2")],
         identity: 256,
+    }
+}
+
+/// Lets everything pass to and from the pod and the host.
+pub(crate) fn open_policies(datapath: &mut Datapath) {
+    for index in [0, POD_INDEX] {
+        let policy = crate::PolicyEndpoint {
+            policy: 1,
+            cidr_table: 1,
+            audit: false,
+            ingress_open: true,
+            egress_open: true,
+        };
+        datapath
+            .set_policy_endpoint(index, policy)
+            .expect("opens an endpoint");
     }
 }
 

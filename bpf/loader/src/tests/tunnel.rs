@@ -16,7 +16,7 @@ use super::{
     config, connect_pod, dropped,
     frames::udp,
     isolation::{Peer, ifindex, ip as ip_command, isolated},
-    pod, set_owners,
+    open_policies, pod, set_owners,
 };
 use crate::{AttachMode, Config, Datapath, Path, Role};
 
@@ -140,6 +140,7 @@ impl Node {
         datapath.attach(device, Role::Pod).unwrap();
         datapath.set_endpoint(&pod(device)).unwrap();
         set_owners(&mut datapath);
+        open_policies(&mut datapath);
         Self {
             datapath,
             peer,

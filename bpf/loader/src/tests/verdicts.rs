@@ -6,9 +6,9 @@ use super::{
     frames::{DROP, PASS, REDIRECT, advertisement, arp, ethernet, run, udp, v6, vlan},
     ip,
     isolation::isolated,
-    net, pod, set_owners,
+    net, open_policies, pod, set_owners,
 };
-use crate::{Datapath, Endpoint, Path, Role};
+use crate::{Datapath, Endpoint, Path, PolicyEndpoint, Role};
 
 /// Loopback stands for whatever device: a test run gives every packet an Ethernet header.
 const DEVICE: u32 = 1;
@@ -17,7 +17,12 @@ const TUNNEL_MARK: u32 = 0x2000;
 const FOREIGN: u32 = 0xffff_c080;
 
 /// Runs a frame; a drop must be counted under exactly its reason.
-fn judge(datapath: &mut Datapath, program: &str, frame: &[u8], mark: u32) -> Result<(i32, u32), String> {
+pub(crate) fn judge(
+    datapath: &mut Datapath,
+    program: &str,
+    frame: &[u8],
+    mark: u32,
+) -> Result<(i32, u32), String> {
     let before = datapath.drops_by_hook().unwrap();
     let (answer, mark) = run(datapath, program, frame, DEVICE, mark);
     let mut changed = datapath.drops_by_hook().unwrap();
@@ -43,10 +48,17 @@ fn from_pod() {
         let good = udp(POD_MAC, "10.244.1.2", "10.244.2.9");
         assert_eq!(out(&good), dropped_for("unknown-endpoint"));
         datapath.set_endpoint(&pod(DEVICE)).unwrap();
+        open_policies(&mut datapath);
         let mut out = |frame: &[u8]| judge(&mut datapath, "from_pod", frame, u32::MAX);
+        let judged = Ok((PASS, FOREIGN | TUNNEL_MARK | 5));
+        assert_eq!(out(&good), judged);
+        assert_eq!(out(&udp(POD_MAC, "fd00:10:244:1::2", "fd00:10:244:2::9")), judged);
         let marked = Ok((PASS, FOREIGN | 5));
-        assert_eq!(out(&good), marked);
-        assert_eq!(out(&udp(POD_MAC, "fd00:10:244:1::2", "fd00:10:244:2::9")), marked);
+        assert_eq!(
+            out(&udp(POD_MAC, "10.244.1.2", "10.96.0.10")),
+            marked,
+            "a service: judged on its final address"
+        );
         assert_eq!(out(&arp(POD_MAC, [10, 244, 1, 2])), marked);
         assert_eq!(
             out(&advertisement(POD_MAC, "fe80::2", "fd00:10:244:1::2", POD_MAC)),
@@ -92,6 +104,7 @@ fn hostile_headers_from_a_pod() {
     isolated(|pins| {
         let mut datapath = Datapath::open(&config(pins)).unwrap();
         datapath.set_endpoint(&pod(DEVICE)).unwrap();
+        open_policies(&mut datapath);
         let mut chain = |kinds: &[u8], last: u8| {
             let mut payload = vec![0x30, 0x39, 0, 80, 0, 8, 0, 0];
             let mut next = last;
@@ -102,7 +115,7 @@ fn hostile_headers_from_a_pod() {
             let packet = v6("fd00:10:244:1::2", "fd00:10:244:2::9", next, 64, &payload);
             judge(&mut datapath, "from_pod", &ethernet(POD_MAC, 0x86dd, &packet), 0)
         };
-        let marked = Ok((PASS, 5));
+        let marked = Ok((PASS, TUNNEL_MARK | 5));
         assert_eq!(chain(&[0, 60, 43, 44, 60, 135, 139, 140], 17), marked);
         assert_eq!(
             chain(&[60, 0, 60, 0], 17),
@@ -144,6 +157,7 @@ fn to_pod() {
             dropped_for("unknown-endpoint")
         );
         datapath.set_endpoint(&pod(DEVICE)).unwrap();
+        open_policies(&mut datapath);
         set_owners(&mut datapath);
         for frame in [&remote4, &remote6] {
             let mut enter = |mark| judge(&mut datapath, "to_pod", frame, mark);
@@ -198,6 +212,8 @@ fn tun_eg() {
             dropped_for("unknown-device")
         );
         datapath.attach(DEVICE, Role::Tunnel { slot: 0 }).unwrap();
+        datapath.set_endpoint(&pod(DEVICE)).unwrap();
+        open_policies(&mut datapath);
         assert_eq!(
             judge(&mut datapath, "tun_eg", &to("10.244.2.9"), 5),
             dropped_for("no-owner")
@@ -226,16 +242,17 @@ fn tun_eg() {
             )
             .unwrap();
         let mut out = |frame: &[u8]| judge(&mut datapath, "tun_eg", frame, 5);
-        assert_eq!(out(&to("10.244.2.9")), Ok((PASS, 5)));
-        assert_eq!(out(&to("192.168.0.2")), Ok((PASS, 5)));
+        let judged = TUNNEL_MARK | 5;
+        assert_eq!(out(&to("10.244.2.9")), Ok((PASS, judged)));
+        assert_eq!(out(&to("192.168.0.2")), Ok((PASS, judged)));
         assert_eq!(
             out(&udp(OTHER_MAC, "fd00:10:244:1::2", "fd00:10:244:2::9")),
-            Ok((PASS, 5))
+            Ok((PASS, judged))
         );
-        assert_eq!(out(&to("10.244.3.9")), Ok((REDIRECT, 5)));
+        assert_eq!(out(&to("10.244.3.9")), Ok((REDIRECT, judged)));
         assert_eq!(
             out(&udp(OTHER_MAC, "fd00:10:244:1::2", "fd00:10:244:3::9")),
-            Ok((REDIRECT, 5))
+            Ok((REDIRECT, judged))
         );
         assert_eq!(out(&to("10.244.1.9")), dropped_for("local-destination"));
         assert_eq!(out(&to("10.244.9.9")), dropped_for("no-owner"));
@@ -392,7 +409,15 @@ fn a_new_mask_encodes_marks_anew() {
                 ..pod(DEVICE)
             })
             .unwrap();
-        assert_eq!(judge(&mut datapath, "from_pod", &frame, 0), Ok((PASS, 0x1f7f)));
+        let open = PolicyEndpoint {
+            policy: 1,
+            cidr_table: 1,
+            audit: false,
+            ingress_open: true,
+            egress_open: true,
+        };
+        datapath.set_policy_endpoint(4095, open).unwrap();
+        assert_eq!(judge(&mut datapath, "from_pod", &frame, 0), Ok((PASS, 0x3f7f)));
         drop(datapath);
         let config = crate::Config {
             mark_mask: 0xfff8_0000,
@@ -401,7 +426,7 @@ fn a_new_mask_encodes_marks_anew() {
         let mut datapath = Datapath::open(&config).unwrap();
         assert_eq!(
             judge(&mut datapath, "from_pod", &frame, 0xff),
-            Ok((PASS, 0x7ff8_00ff))
+            Ok((PASS, 0xfff8_00ff))
         );
         assert_eq!(
             datapath.endpoints().unwrap(),
@@ -423,6 +448,7 @@ fn pools_follow_the_configuration() {
             };
             let mut datapath = Datapath::open(&config).unwrap();
             datapath.attach(DEVICE, Role::Barrier).unwrap();
+            open_policies(&mut datapath);
             datapath
         };
         let frame = udp(OTHER_MAC, "10.244.1.2", "10.244.2.9");
