@@ -305,7 +305,13 @@ impl Publisher {
             self.queue(session, Item::Updates(updates.clone()));
         }
         let (upserts, removes) = (change.upserts.len(), change.removes.len());
-        tracing::debug!(version, upserts, removes, streams = self.sessions.len(), "published");
+        tracing::debug!(
+            version,
+            upserts,
+            removes,
+            streams = self.sessions.len(),
+            "published"
+        );
     }
 
     /// What is published now, at least one chunk.
