@@ -138,15 +138,15 @@ async fn metrics(
 
 /// The report as metrics. Counters end in `_total` by themselves.
 fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registry {
-    let mut registry = Registry::with_prefix("warren_agent");
-    gauge(
-        &mut registry,
-        "ready",
-        "Whether pods may be added",
-        i64::from(ready),
-    );
+    let mut whole = Registry::with_prefix("warren");
+    agent_metrics(whole.sub_registry_with_prefix("agent"), last, ready);
+    whole
+}
+
+fn agent_metrics(registry: &mut Registry, last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) {
+    gauge(registry, "ready", "Whether pods may be added", i64::from(ready));
     let Some((encrypt, agent)) = last else {
-        return registry;
+        return;
     };
     registry.register(
         "build",
@@ -154,56 +154,56 @@ fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registr
         Info::new(vec![("version", agent.version.clone())]),
     );
     gauge(
-        &mut registry,
+        registry,
         "encryption_enabled",
         "Device and programs are as wanted",
         i64::from(encrypt.enabled),
     );
     gauge(
-        &mut registry,
+        registry,
         "encryption_mismatches",
         "Differences from what is wanted",
         count(encrypt.mismatches.len()),
     );
     gauge(
-        &mut registry,
+        registry,
         "keyd_connected",
         "Whether a session with keyd is open",
         i64::from(agent.keyd.is_some()),
     );
     gauge(
-        &mut registry,
+        registry,
         "failing_actions",
         "Actions that failed and are tried again",
         count(agent.failing.len()),
     );
     gauge(
-        &mut registry,
+        registry,
         "problems",
         "Refused entries and malformed input",
         count(agent.problems.len()),
     );
     gauge(
-        &mut registry,
+        registry,
         "endpoints",
         "Pods on this node",
         count(agent.endpoints.len()),
     );
     gauge(
-        &mut registry,
+        registry,
         "peers",
         "Peers on the tunnel devices",
         count(encrypt.peers.len()),
     );
     if let Some((epoch, version)) = agent.snapshot {
         gauge(
-            &mut registry,
+            registry,
             "snapshot_epoch",
             "Epoch of the directory in force",
             epoch.try_into().unwrap_or(i64::MAX),
         );
         gauge(
-            &mut registry,
+            registry,
             "snapshot_version",
             "Its version",
             version.try_into().unwrap_or(i64::MAX),
@@ -216,11 +216,12 @@ fn registry(last: Option<&(EncryptStatus, AgentStatus)>, ready: bool) -> Registr
             .inc_by(*packets);
     }
     registry.register("dropped_packets", "Packets dropped, by reason", drops);
-    peers(&mut registry, encrypt);
-    registry
+    peers(registry, encrypt);
 }
 
-fn policy(registry: &mut Registry, report: &Report) {
+fn policy(whole: &mut Registry, report: &Report) {
+    maps(whole.sub_registry_with_prefix("bpf"), report);
+    let registry = whole.sub_registry_with_prefix("agent");
     gauge(
         registry,
         "policy_revision",
@@ -290,7 +291,6 @@ fn policy(registry: &mut Registry, report: &Report) {
         "Flows that were over and were removed",
         report.flows_removed.clone(),
     );
-    maps(registry, report);
 }
 
 /// How full the maps are; named after the programs, whose maps they are.
@@ -365,6 +365,7 @@ mod tests {
             failing: vec![],
             problems: vec![],
             endpoints: vec![],
+            policy: Default::default(),
         };
         let mut text = String::new();
         encode(&mut text, &registry(Some(&(encrypt, agent)), true)).unwrap();

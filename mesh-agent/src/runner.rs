@@ -211,6 +211,7 @@ async fn run(config: Config) -> Result<()> {
         contents,
         changes: to_enforcer,
         inputs: inputs.clone(),
+        saving: Arc::default(),
         resync: false,
         events: from_keyd,
         commands,

@@ -8,7 +8,8 @@ use std::{
 };
 
 use warren_agent_api::{
-    AgentStatus, EncryptStatus, EndpointStatus, InterfaceStatus, PeerStatus, Request, Response, call,
+    AgentStatus, EncryptStatus, EndpointStatus, InterfaceStatus, PeerStatus, PolicySummary, Request,
+    Response, call,
 };
 use warren_agent_core::{mismatches, slot_device};
 use warren_keyd_api::{convert, proto};
@@ -189,6 +190,19 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
             .collect(),
         problems,
         endpoints: endpoints(runner),
+        policy: policy(runner),
+    }
+}
+
+fn policy(runner: &Runner) -> PolicySummary {
+    let report = runner.shared.report();
+    PolicySummary {
+        policies: report.policies,
+        rules: report.rules,
+        revision: report.revision,
+        established_flows: report.flows.established,
+        new_flows: report.flows.new,
+        events_lost: report.events_lost,
     }
 }
 
@@ -423,6 +437,17 @@ fn agent_text(status: &AgentStatus) -> String {
         .snapshot
         .map_or_else(|| "none".to_owned(), |(e, v)| format!("epoch {e}, version {v}"));
     let _ = writeln!(out, "Directory: {snapshot}");
+    let policy = &status.policy;
+    let _ = writeln!(
+        out,
+        "Policy: {} objects, {} statements, revision {}",
+        policy.policies, policy.rules, policy.revision
+    );
+    let _ = writeln!(
+        out,
+        "Flows: {} established, {} new",
+        policy.established_flows, policy.new_flows
+    );
     for (title, lines) in [("Failing", &status.failing), ("Problems", &status.problems)] {
         if !lines.is_empty() {
             let _ = writeln!(out, "{title}:");

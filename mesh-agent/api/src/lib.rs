@@ -369,6 +369,27 @@ pub struct AgentStatus {
     pub problems: Vec<String>,
     /// Endpoints on this node.
     pub endpoints: Vec<EndpointStatus>,
+    /// What is known of policy.
+    #[serde(default)]
+    pub policy: PolicySummary,
+}
+
+/// Policy on a node in figures.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicySummary {
+    /// Policy objects in force.
+    pub policies: usize,
+    /// Their statements.
+    pub rules: usize,
+    /// Revision that new flows are judged under.
+    pub revision: u32,
+    /// Tracked flows that have seen a reply.
+    pub established_flows: u32,
+    /// Tracked flows that have not.
+    pub new_flows: u32,
+    /// Events of the programs that found no room.
+    pub events_lost: u64,
 }
 
 /// A pod on this node.

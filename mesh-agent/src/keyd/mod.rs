@@ -8,6 +8,7 @@ mod trust;
 
 use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -80,6 +81,8 @@ pub(crate) struct Client {
     pub(crate) inputs: mpsc::UnboundedSender<Input>,
     /// Where changes of the directory go first.
     pub(crate) changes: std::sync::mpsc::Sender<ToEnforcer>,
+    /// Epoch and version of the copy on disk; held while one is written.
+    pub(crate) saving: Arc<Mutex<(u64, u64)>>,
     /// The next session asks for all of the directory, not for what is new.
     pub(crate) resync: bool,
     pub(crate) events: mpsc::UnboundedSender<FromKeyd>,

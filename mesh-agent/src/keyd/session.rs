@@ -1,6 +1,6 @@
 //! One session with `keyd`.
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{collections::HashMap, path::Path, sync::PoisonError, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -371,12 +371,24 @@ impl Client {
     }
 
     fn save(&self) {
+        let position = self.directory.as_ref().map_or((0, 0), Directory::position);
         let Some(bytes) = self.directory.as_ref().and_then(Directory::to_file) else {
             return;
         };
-        if let Err(error) = self.state.save_snapshot(&bytes) {
-            tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
-        }
+        let (state, previous) = (self.state.clone(), self.saving.clone());
+        // A disk that is slow must not hold up what keyd says next. One at a time, in order.
+        tokio::task::spawn_blocking(move || {
+            let mut newest = previous.lock().unwrap_or_else(PoisonError::into_inner);
+            if position < *newest {
+                return;
+            }
+            match state.save_snapshot(&bytes) {
+                Ok(()) => *newest = position,
+                Err(error) => {
+                    tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
+                }
+            }
+        });
     }
 }
 

@@ -31,6 +31,18 @@ const BATCH: usize = 64;
 /// Instead of a grace period, where the kernel offers none.
 const BLIND_GRACE: Duration = Duration::from_secs(1);
 
+/// An agent without its policy thread would serve on, and policy stand still: better that whoever runs it starts it anew.
+struct LastWord;
+
+impl Drop for LastWord {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("the policy thread failed: the agent ends, everything stays in force");
+            std::process::exit(1);
+        }
+    }
+}
+
 /// The policies of this node, and what the maps hold of them.
 pub(crate) struct Enforcer {
     pub(super) shared: Shared,
@@ -61,10 +73,11 @@ impl Enforcer {
             .copied()
             .filter(|index| *index != 0)
             .collect();
+        let revision = shared.programs.lock().revision()?;
         {
             let mut report = shared.report();
             report.occupied.clone_from(&adopted);
-            report.revision = shared.programs.lock().revision()?;
+            report.revision = revision;
         }
         let mut enforcer = Self {
             shared,
@@ -89,6 +102,7 @@ impl Enforcer {
 
     /// Serves until nobody is left to ask.
     pub(crate) fn run(mut self, messages: &Receiver<ToEnforcer>, inputs: &UnboundedSender<Input>) {
+        let _last = LastWord;
         loop {
             let due = self
                 .retry_at
@@ -211,12 +225,12 @@ impl Enforcer {
         writes.extend(self.engine.apply(events));
         if !self.in_step {
             self.repair();
-        } else if !writes.is_empty() {
-            if let Err(error) = self.execute(&writes) {
-                tracing::error!(%error, "a policy cannot be written: what it is for stays as it was, or closed");
-                self.shared.report().failures.inc();
-                self.repair();
-            }
+        } else if !writes.is_empty()
+            && let Err(error) = self.execute(&writes)
+        {
+            tracing::error!(%error, "a policy cannot be written: what it is for stays as it was, or closed");
+            self.shared.report().failures.inc();
+            self.repair();
         }
         self.forget_flows();
         self.tell();

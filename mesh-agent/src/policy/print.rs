@@ -63,9 +63,25 @@ pub(crate) fn conntrack_main(options: &ListOptions) -> ExitCode {
 /// `mesh-agent events`.
 pub(crate) fn events_main(options: &ListOptions) -> ExitCode {
     let status = &options.common;
+    let addresses = match options
+        .endpoint
+        .as_ref()
+        .map(|of| addresses_of(&status.socket, of))
+    {
+        Some(Err(code)) => return code,
+        Some(Ok(addresses)) => Some(addresses),
+        None => None,
+    };
     let limit = options.limit;
     match call(&status.socket, &Request::PolicyEvents { limit }, ANSWER_TIME) {
-        Ok(Response::Events { events, lost }) => {
+        Ok(Response::Events { mut events, lost }) => {
+            events.retain(|event| {
+                let ends = [event.source, event.destination].into_iter().flatten();
+                let mut ends = ends.map(|end| end.ip());
+                addresses
+                    .as_ref()
+                    .is_none_or(|addresses| ends.any(|end| addresses.contains(&end)))
+            });
             let all = serde_json::json!({ "events": events, "lost": lost });
             show(status.output, &all, || events_text(&events, lost))
         }
@@ -75,27 +91,37 @@ pub(crate) fn events_main(options: &ListOptions) -> ExitCode {
 
 /// The index of an endpoint that is named by number or by pod.
 fn index_of(socket: &Path, selected: &Selected) -> Result<u16, ExitCode> {
-    let (namespace, name) = match selected {
-        Selected::Index(index) => return Ok(*index),
-        Selected::Pod(namespace, name) => (namespace, name),
-    };
+    match selected {
+        Selected::Index(index) => Ok(*index),
+        Selected::Pod(..) => find(socket, selected).map(|endpoint| endpoint.endpoint),
+    }
+}
+
+/// The addresses of an endpoint.
+fn addresses_of(socket: &Path, selected: &Selected) -> Result<Vec<IpAddr>, ExitCode> {
+    find(socket, selected).map(|endpoint| endpoint.addresses)
+}
+
+fn find(socket: &Path, selected: &Selected) -> Result<EndpointPolicyStatus, ExitCode> {
     let endpoints = match call(socket, &Request::Endpoints, ANSWER_TIME) {
         Ok(Response::Policies(endpoints)) => endpoints,
         other => return Err(unexpected(other)),
     };
-    let is_it = |endpoint: &&EndpointPolicyStatus| {
-        endpoint
+    let is_it = |endpoint: &EndpointPolicyStatus| match selected {
+        Selected::Index(index) => endpoint.endpoint == *index,
+        Selected::Pod(namespace, name) => endpoint
             .pod
             .as_ref()
-            .is_some_and(|pod| pod.namespace == *namespace && pod.name == *name)
+            .is_some_and(|pod| pod.namespace == *namespace && pod.name == *name),
     };
-    match endpoints.iter().find(is_it) {
-        Some(endpoint) => Ok(endpoint.endpoint),
-        None => {
-            eprintln!("mesh-agent: no pod {namespace}/{name} runs on this node");
-            Err(ExitCode::FAILURE)
-        }
-    }
+    endpoints.into_iter().find(is_it).ok_or_else(|| {
+        let what = match selected {
+            Selected::Index(index) => format!("endpoint {index}"),
+            Selected::Pod(namespace, name) => format!("pod {namespace}/{name}"),
+        };
+        eprintln!("mesh-agent: this node has no {what}");
+        ExitCode::FAILURE
+    })
 }
 
 fn show(output: Output, value: &impl Serialize, text: impl Fn() -> String) -> ExitCode {

@@ -295,12 +295,27 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
             .filter(|key| !tables.contains(&key.table) || (self.is_table(key.table) && !stays_old))
             .copied()
             .collect();
+        let owners: BTreeMap<u32, u32> = self
+            .wanted
+            .ports
+            .iter()
+            .map(|(key, value)| (value.class, key.policy))
+            .collect();
+        // Half of a policy that found no room is nobody's: what it took is for others.
+        let is_part = |class: &u32| {
+            owners
+                .get(class)
+                .is_some_and(|policy| self.out.failed.contains_key(policy))
+        };
         let known: BTreeSet<u32> = self.wanted.ports.values().map(|value| value.class).collect();
         let verdicts: Vec<VerdictKey> = self
             .held
             .verdicts
             .keys()
-            .filter(|key| !self.wanted.verdicts.contains_key(key))
+            .filter(|key| {
+                !self.wanted.verdicts.contains_key(key)
+                    || (is_part(&key.class) && !classes.contains(&key.class))
+            })
             .filter(|key| {
                 let stays = classes.contains(&key.class);
                 !stays || (!stays_old && known.contains(&key.class))
