@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::{
     socket::{
-        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recvfrom, sendto,
-        setsockopt, socket, sockopt::ReceiveTimeout,
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, connect, recvfrom,
+        sendto, setsockopt, socket, sockopt::ReceiveTimeout,
     },
     time::{TimeVal, TimeValLike as _},
 };
@@ -55,6 +55,10 @@ pub fn ping(args: &PingArgs) -> Result<PingReport> {
         .context("cannot open a raw socket: run as root")?;
     setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(100))?;
     let to = SockaddrStorage::from(SocketAddr::new(args.to, 0));
+    // A raw socket hears every reply; several pings may run in one process, with one identifier.
+    if let Err(error) = connect(socket.as_raw_fd(), &to) {
+        bail!("cannot reach {}: {error}", args.to);
+    }
     let id = std::process::id() as u16;
     let payload = pattern_block(u64::from(id), args.size);
     let mut report = PingReport { sent: 0, received: 0 };

@@ -138,7 +138,8 @@ const ALLOWED: &str = "
     frontend-1 frontend-2 -> api-1:5000 api-2:5000 svc/api:5000 yes
     frontend-1 frontend-2 -> db-1:6379 db-2:6379 svc/db:6379 api-1:5000/udp icmp/api-1 icmp/api-2 no
     api-1 api-2 -> db-1:6379 db-2:6379 svc/db:6379 yes
-    api-1 api-2 -> frontend-1:8080 svc/frontend:80 api-2:5000/udp no
+    api-1 api-2 -> frontend-1:8080 svc/frontend:80 no
+    api-1 -> api-2:5000 api-2:5000/udp icmp/api-2 no
     visitor -> frontend-1:8080 frontend-2:8080 svc/frontend:80 yes
     visitor -> api-1:5000 api-2:5000 svc/api:5000 db-1:6379 svc/db:6379 frontend-1:8080/udp no
     impostor -> frontend-1:8080 svc/frontend:80 api-1:5000 api-2:5000 svc/api:5000 db-2:6379 no

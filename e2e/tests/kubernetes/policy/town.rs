@@ -62,7 +62,9 @@ impl<'a> Town<'a> {
                 cluster.kubectl(["get", "serviceaccount", "default", "-n", namespace])
             })?;
         }
-        cluster.apply(services)?;
+        if !services.is_empty() {
+            cluster.apply(services)?;
+        }
         town.start(|_| true)?;
         for service in services {
             let (name, namespace) = (&service["metadata"]["name"], &service["metadata"]["namespace"]);
