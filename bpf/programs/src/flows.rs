@@ -138,7 +138,9 @@ fn track<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<Tracked, DropReason
     let Some(state) = maps.flow_state() else {
         return Err(DropReason::NotConfigured);
     };
-    if scratch.entry.there && judged_again(maps, scratch, state.revision)? {
+    // Before any question: what was asked while policy changed is asked again.
+    scratch.revision = state.revision;
+    if scratch.entry.there && judged_again(maps, scratch)? {
         return Ok(Tracked::Judged);
     }
     if scratch.way.defer {
@@ -379,7 +381,7 @@ fn step(scratch: &mut Scratch, outbound: bool) {
 /// Judges a flow whose judgement is old, or that was not judged on this tuple, in the direction that it was opened.
 /// `false`: there is no such flow, or it was never judged and this packet is to be judged for itself.
 #[inline(always)]
-fn judged_again<M: Maps>(maps: &M, scratch: &mut Scratch, revision: u32) -> Result<bool, DropReason> {
+fn judged_again<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool, DropReason> {
     let untranslated = match scratch.entry.standing {
         Standing::Stale => false,
         Standing::Untranslated if scratch.way.replies == Replies::Translated => true,
@@ -395,7 +397,7 @@ fn judged_again<M: Maps>(maps: &M, scratch: &mut Scratch, revision: u32) -> Resu
     let outbound = scratch.asked.outbound;
     scratch.value.flags =
         (scratch.value.flags & !FLOW_AUDIT) | FLOW_JUDGED | if audited { FLOW_AUDIT } else { 0 };
-    scratch.value.revision = revision;
+    scratch.value.revision = scratch.revision;
     scratch.value.rule = scratch.asked.rule;
     scratch.value.peer = scratch.asked.peer;
     step(scratch, outbound);
@@ -442,7 +444,7 @@ fn create<M: Maps>(maps: &M, scratch: &mut Scratch, flags: u8, state: &FlowState
     let outbound = scratch.asked.outbound;
     scratch.value = FlowValue {
         created: now,
-        revision: state.revision,
+        revision: scratch.revision,
         rule: scratch.asked.rule,
         peer: scratch.asked.peer,
         peer_mark: scratch.asked.from,

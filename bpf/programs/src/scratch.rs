@@ -77,6 +77,8 @@ pub struct Scratch {
     pub(crate) way: Way,
     pub(crate) asked: Asked,
     pub(crate) entry: Entry,
+    /// The revision of policy that is asked.
+    pub(crate) revision: u32,
     pub(crate) key: FlowKey,
     pub(crate) value: FlowValue,
     pub(crate) fragment: FragmentKey,
@@ -176,6 +178,7 @@ impl Default for Scratch {
                 address: [0; 16],
             },
             entry: Entry::default(),
+            revision: 0,
             key: FlowKey::default(),
             value: FlowValue::default(),
             fragment: FragmentKey::default(),
