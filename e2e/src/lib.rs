@@ -17,3 +17,4 @@ pub mod kernel;
 pub mod lab;
 pub mod oracle;
 pub mod scenario;
+pub mod sim;

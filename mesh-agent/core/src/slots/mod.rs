@@ -30,7 +30,7 @@ mod tests;
 pub use keyring::Keyring;
 pub use mover::Mover;
 pub use path::{
-    KEY_SLOTS, NodeKeys, Path, devices, half, is_draining, is_verified, keepalive, newer, node_path, paths, sending,
-    slot_of, target,
+    KEY_SLOTS, NodeKeys, Path, YIELD, begins, devices, half, is_draining, is_verified, keepalive, newer,
+    node_path, paths, sending, slot_of, target,
 };
 pub use report::{PairReport, PathReport, QUIET, Reporter, Seen};

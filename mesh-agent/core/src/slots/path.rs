@@ -1,6 +1,6 @@
 //! The paths of a pair.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use ipnet::IpNet;
 use warren_model::{NodeUid, PublicKey, SlotKey};
@@ -162,13 +162,30 @@ pub fn target<'a>(own: &NodeKeys, peer: &NodeKeys, paths: &'a [Path]) -> Option<
         .find(|path| (path.own, path.peer) == (own.active, peer.active))
 }
 
+/// Whether this node begins the handshake of a path. Were both ends to begin at once, each would keep the session that
+/// it began, and WireGuard would drop the one that the other still sends with at the next rekey.
+pub fn begins(own_key: PublicKey, peer_key: PublicKey) -> bool {
+    own_key < peer_key
+}
+
+/// How long the other end leaves the beginning to the one that [`begins`].
+pub const YIELD: Duration = Duration::from_secs(3);
+
 /// Persistent keepalive of a path in seconds; `usual` where nothing rotates. A path on its way out has none, so that
 /// what still arrives on it is data. One that is about to be used, or has just come into use, has a short one: it
-/// begins the handshake, and shows each end that the other is there.
-pub fn keepalive(own: &NodeKeys, peer: &NodeKeys, paths: &[Path], path: &Path, usual: u16) -> u16 {
+/// begins the handshake, and shows each end that the other is there. `may_begin`: this node [`begins`], or there is
+/// a session already, or it has waited for [`YIELD`].
+pub fn keepalive(
+    own: &NodeKeys,
+    peer: &NodeKeys,
+    paths: &[Path],
+    path: &Path,
+    may_begin: bool,
+    usual: u16,
+) -> u16 {
     let settled = (path.own, path.peer) == (own.active, peer.active)
         && !paths.iter().any(|other| is_draining(own, peer, other));
-    match is_draining(own, peer, path) {
+    match is_draining(own, peer, path) || !may_begin {
         true => 0,
         false if settled => usual,
         false => 1,
