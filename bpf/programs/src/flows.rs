@@ -40,8 +40,8 @@ pub(crate) enum Task {
     Judge,
     /// It was judged on another tuple: the flow is noted.
     Note,
-    /// It answers a flow that was noted so, or is judged for the host.
-    Enter,
+    /// It may answer a flow that was noted so: then nothing else is done.
+    Recognise,
 }
 
 /// From whose point of view a packet is judged.
@@ -80,6 +80,9 @@ pub(crate) fn carry_out<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool
     if scratch.ways[0].task != Task::Nothing {
         scratch.way = scratch.ways[0];
         judged = perform(maps, scratch)? == Tracked::Judged;
+        if judged && scratch.ways[0].task == Task::Recognise {
+            return Ok(true);
+        }
     }
     if scratch.ways[1].task != Task::Nothing {
         scratch.way = scratch.ways[1];
@@ -90,33 +93,25 @@ pub(crate) fn carry_out<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool
 
 /// Carries out `scratch.way`.
 ///
-/// A function of its own in the kernel too, as are those that it calls: the stack holds 512 bytes for all of them.
+/// A function of its own in the kernel too, as are those that it calls: the stack holds 512 bytes for all of them. Each
+/// is called at one place, as the verifier follows every call anew.
 #[inline(never)]
 fn perform<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<Tracked, DropReason> {
-    match scratch.way.task {
-        Task::Nothing => return Ok(Tracked::Deferred),
-        // Where there is no room to note it, whoever asks later is judged by policy.
-        Task::Note => {
-            return match track(maps, scratch) {
-                Ok(_) | Err(_) => Ok(Tracked::Deferred),
-            };
-        }
-        Task::Enter => {
-            let (endpoint, replies) = (scratch.way.endpoint, scratch.way.replies);
-            scratch.way.endpoint = MASQUERADED;
-            scratch.way.replies = Replies::Noted;
-            if is_noted(maps, scratch) {
-                return Ok(Tracked::Judged);
-            }
-            scratch.way.endpoint = endpoint;
-            scratch.way.replies = replies;
-        }
-        Task::Judge => {}
-    }
     if scratch.tuple.error && quote::key(scratch) && is_related(maps, scratch) {
         return Ok(Tracked::Judged);
     }
-    track(maps, scratch)
+    if scratch.way.task == Task::Recognise {
+        return Ok(if is_noted(maps, scratch) {
+            Tracked::Judged
+        } else {
+            Tracked::Deferred
+        });
+    }
+    match track(maps, scratch) {
+        // Where there is no room to note it, whoever asks later is judged by policy.
+        Ok(_) | Err(_) if scratch.way.task == Task::Note => Ok(Tracked::Deferred),
+        tracked => tracked,
+    }
 }
 
 /// The flow of a packet, and the verdict.
@@ -209,12 +204,9 @@ fn examine<M: Maps>(maps: &M, scratch: &mut Scratch) {
     }
 }
 
-/// Whether a packet answers a flow that was noted, or is an error about one.
+/// Whether a packet answers a flow that was noted.
 #[inline(never)]
 fn is_noted<M: Maps>(maps: &M, scratch: &mut Scratch) -> bool {
-    if scratch.tuple.error {
-        return quote::key(scratch) && is_related(maps, scratch);
-    }
     key(scratch);
     match find(maps, &scratch.key) {
         (table, Some(flow)) => {

@@ -95,9 +95,17 @@ pub(crate) fn enter<const READ: bool, P: Packet, M: Maps>(
     if READ {
         tuple::read(packet, maps, scratch)?;
     }
-    if !has_ports(scratch.tuple.protocol) && !scratch.tuple.discovery {
-        scratch.ways[1] = to_this_host(from, Task::Enter);
+    if has_ports(scratch.tuple.protocol) || scratch.tuple.discovery {
+        return Ok(());
     }
+    if scratch.ways[0].task == Task::Nothing {
+        scratch.ways[0] = Way {
+            endpoint: MASQUERADED,
+            replies: Replies::Noted,
+            ..to_this_host(from, Task::Recognise)
+        };
+    }
+    scratch.ways[1] = to_this_host(from, Task::Judge);
     Ok(())
 }
 
