@@ -47,6 +47,8 @@ pub struct Programs {
     pub ratio_16k_over_16: f64,
     /// Figures by program and number of rules.
     pub by_program: BTreeMap<String, Costs>,
+    /// Entries of the policy maps with 16,000 rules each way.
+    pub policy_entries: BTreeMap<&'static str, u32>,
 }
 
 pub(super) fn measure() -> Result<Programs> {
@@ -79,6 +81,7 @@ pub(super) fn measure() -> Result<Programs> {
                 .into_iter()
                 .map(|((hook, rules), costs)| (format!("{hook}, {rules} rules"), costs))
                 .collect(),
+            policy_entries: many.entries()?,
         })
     })
 }
@@ -113,6 +116,14 @@ impl Bench {
         let cluster = cluster(rules);
         load(&mut node, &cluster)?;
         Ok(Self { node, cluster })
+    }
+
+    fn entries(&self) -> Result<BTreeMap<&'static str, u32>> {
+        let usage = self.node.datapath.usage()?.into_iter();
+        Ok(usage
+            .filter(|usage| usage.map.starts_with("POLICY_"))
+            .map(|usage| (usage.map, usage.entries))
+            .collect())
     }
 
     /// From the friend or the enemy to the server, or the other way.

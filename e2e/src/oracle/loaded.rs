@@ -56,23 +56,33 @@ pub struct Outcome {
     pub shown: Vec<Mismatch>,
 }
 
+/// Mismatches after which a run ends: more of them tell nothing new.
+const ENOUGH: u64 = 100;
 /// Mismatches that are shrunk and shown.
 const SHOWN: usize = 3;
 
 /// Compares `pairs` pairs, drawn from a seed, in namespaces of its own. `tell` is called now and then with the number of
 /// pairs so far.
 pub fn run(pairs: u64, seed: u64, tell: impl FnMut(u64) + Send) -> Result<Outcome> {
-    private(|pins| Run::new(pins, seed)?.compare(pairs, tell))
+    run_tampered(pairs, seed, |_| Ok(()), tell)
 }
+
+/// As [`run`], with maps that somebody spoiled: shows that the comparison would notice.
+fn run_tampered(pairs: u64, seed: u64, tamper: Tamper, tell: impl FnMut(u64) + Send) -> Result<Outcome> {
+    private(|pins| Run::new(pins, seed, tamper)?.compare(pairs, tell))
+}
+
+type Tamper = fn(&mut Datapath) -> Result<()>;
 
 struct Run {
     seed: u64,
     dice: Dice,
     node: Node,
+    tamper: Tamper,
 }
 
 impl Run {
-    fn new(pins: &Path, seed: u64) -> Result<Self> {
+    fn new(pins: &Path, seed: u64, tamper: Tamper) -> Result<Self> {
         let mut node = Node::new(pins, PODS)?;
         for number in [1, 2] {
             let path = warren_bpf::Path {
@@ -85,6 +95,7 @@ impl Run {
             seed,
             dice: Dice::new(seed),
             node,
+            tamper,
         })
     }
 
@@ -98,7 +109,7 @@ impl Run {
             mismatches: 0,
             shown: Vec::new(),
         };
-        while outcome.report.pairs < pairs {
+        while outcome.report.pairs < pairs && outcome.mismatches < ENOUGH {
             let cluster = generate::cluster(&mut self.dice);
             let wanted = PACKETS_PER_CLUSTER.min(pairs - outcome.report.pairs);
             self.one_cluster(&cluster, wanted, &mut outcome)
@@ -110,6 +121,7 @@ impl Run {
 
     fn one_cluster(&mut self, cluster: &Cluster, packets: u64, outcome: &mut Outcome) -> Result<()> {
         let mut loaded = Loaded::new(&mut self.node, cluster, Some(&mut self.dice))?;
+        (self.tamper)(&mut loaded.node.datapath)?;
         let mut portless = HashSet::new();
         let mut differing = Vec::new();
         for number in 0..packets {
@@ -139,10 +151,10 @@ impl Run {
     }
 
     fn shrunk(&mut self, cluster: &Cluster, trip: Trip, difference: Difference) -> Mismatch {
-        let node = &mut self.node;
+        let (node, tamper) = (&mut self.node, self.tamper);
         let mut last = None;
         let mut differs = |candidate: &Cluster| {
-            let found = differs(node, candidate, &trip).ok().flatten();
+            let found = differs(node, candidate, &trip, tamper).ok().flatten();
             let differs = found.is_some();
             last = found.or(last.take());
             differs
@@ -162,8 +174,9 @@ impl Run {
     }
 }
 
-fn differs(node: &mut Node, cluster: &Cluster, trip: &Trip) -> Result<Option<Difference>> {
+fn differs(node: &mut Node, cluster: &Cluster, trip: &Trip, tamper: Tamper) -> Result<Option<Difference>> {
     let mut loaded = Loaded::new(node, cluster, None)?;
+    tamper(&mut loaded.node.datapath)?;
     let result = trip.take(&mut loaded, cluster);
     loaded.unload()?;
     Ok(result?.difference)
@@ -341,3 +354,6 @@ fn port_key(key: warren_agent_core::policy::PortKey) -> PolicyPortKey {
         length: key.length,
     }
 }
+
+#[cfg(test)]
+mod tests;
