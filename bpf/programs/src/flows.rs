@@ -1,8 +1,7 @@
 //! Connection tracking: which flow a packet belongs to, and whether policy allows it.
 
 use warren_abi::{
-    DropReason, FLOW_AUDIT, FLOW_EGRESS, FLOW_JUDGED, FLOW_REPLY, FlowKey, FlowState, FlowValue, MASQUERADED,
-    Outcome,
+    DropReason, FLOW_AUDIT, FLOW_EGRESS, FLOW_JUDGED, FLOW_REPLY, FlowKey, FlowState, FlowValue, Outcome,
 };
 
 use crate::{
