@@ -56,3 +56,34 @@ fn every_protocol_over_ipv4() -> Result<()> {
 fn every_protocol_over_ipv6() -> Result<()> {
     all_protocols(&pair(true)?)
 }
+
+/// The kernel does not cut buffers into datagrams that do not fit the route (`EINVAL`, or `EMSGSIZE`): they go one by one, in fragments.
+#[test]
+fn an_underlay_that_is_smaller_than_the_datagrams() -> Result<()> {
+    for outer_v6 in [false, true] {
+        let lab = pair(outer_v6)?;
+        for node in &lab.nodes {
+            node.namespace.ip("link set eth0 mtu 1300")?;
+        }
+        all_protocols(&lab)?;
+        for node in &lab.nodes {
+            ensure!(node.drops("send-failed")? == 0, "node {}", node.number);
+        }
+    }
+    Ok(())
+}
+
+/// Offloads are there where the kernel has them, as every kernel that runs these tests does.
+#[test]
+fn offloads_are_in_use() -> Result<()> {
+    let lab = pair(false)?;
+    let stats = lab.nodes[0].control("stats warren0")?;
+    let offloads: Vec<&str> = stats["offloads"]
+        .as_array()
+        .map(|names| names.iter().filter_map(|name| name.as_str()).collect())
+        .unwrap_or_default();
+    for name in ["tun-checksum", "tun-tso", "udp-gso", "udp-gro"] {
+        ensure!(offloads.contains(&name), "{name} is missing: {stats}");
+    }
+    Ok(())
+}

@@ -33,7 +33,7 @@ const SEND_WAIT: u16 = 100;
 const RANDOM_PORTS: usize = 32;
 
 /// How long datagrams to a destination are handed over one by one after the kernel refused to cut a buffer for it. The
-/// route may have changed: a device without checksums (`EIO`), a smaller MTU (`EINVAL`).
+/// route may have changed: a device without checksums (`EIO`), a smaller MTU (`EINVAL`, since Linux 6.14 `EMSGSIZE`).
 const REFUSED: Duration = Duration::from_secs(10);
 
 /// Destinations that are remembered so.
@@ -206,7 +206,7 @@ impl Sockets {
                 Err(error) => {
                     let cut = first.bytes.len() > first.segment;
                     let (count, bytes) = match error.raw_os_error() {
-                        Some(libc::EIO | libc::EINVAL) if cut => {
+                        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if cut => {
                             refusals.note(first.to, now);
                             self.send_singly(first)
                         }
