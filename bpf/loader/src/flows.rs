@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
 use warren_abi::{
     FLOW_AUDIT, FLOW_EGRESS, FLOW_FIN_LOCAL, FLOW_FIN_REMOTE, FLOW_JUDGED, FLOW_REPLY, FLOW_RESET, FlowKey,
-    FlowState, FlowValue, MAX_ENDPOINT_INDEX,
+    FlowState, FlowValue, MASQUERADED, MAX_ENDPOINT_INDEX,
 };
 
 use crate::{
@@ -133,13 +133,16 @@ impl Datapath {
         self.maps.flows.state.set(FlowState { limit, ..state })
     }
 
-    /// Flows, of one endpoint or of all; at most `limit` of them, in no order.
+    /// Flows, of one endpoint or of all; at most `limit` of them, in no order. The notes of masqueraded ones, which are
+    /// nobody's, are left out.
     pub fn flows(&self, endpoint: Option<u16>, limit: usize) -> Result<Vec<Flow>, Error> {
         let mut found = Vec::new();
         for map in [&self.maps.flows.established, &self.maps.flows.new] {
             map.chunks(|keys, values| {
                 for (Plain(key), value) in keys.iter().zip(values) {
-                    if endpoint.is_none_or(|endpoint| key.endpoint == endpoint) && found.len() < limit {
+                    let wanted =
+                        key.endpoint != MASQUERADED && endpoint.is_none_or(|own| key.endpoint == own);
+                    if wanted && found.len() < limit {
                         found.push(flow(key, value));
                     }
                 }

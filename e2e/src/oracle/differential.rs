@@ -319,7 +319,8 @@ fn node(cluster: &Cluster) -> PolicyEvent {
     })
 }
 
-fn events(changes: Vec<PolicyChange>) -> Vec<PolicyEvent> {
+/// What an agent makes of what keyd publishes.
+pub(crate) fn events(changes: Vec<PolicyChange>) -> Vec<PolicyEvent> {
     let event = |change| match change {
         PolicyChange::Selector {
             id,
@@ -344,7 +345,7 @@ fn events(changes: Vec<PolicyChange>) -> Vec<PolicyEvent> {
 }
 
 /// A configuration in which nothing is left out but the name.
-fn config(cluster: &Cluster) -> ClusterConfig {
+pub(crate) fn config(cluster: &Cluster) -> ClusterConfig {
     let given = json!({
         "clusterName": cluster.name,
         "podPools": ["10.244.0.0/16"],

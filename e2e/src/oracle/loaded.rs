@@ -293,7 +293,7 @@ pub fn load(node: &mut Node, cluster: &Cluster) -> Result<()> {
 }
 
 /// Carries out a write of the engine, as an agent does. No program runs meanwhile, so there is nothing to wait for.
-fn write(datapath: &mut Datapath, one: &MapWrite) -> Result<()> {
+pub(crate) fn write(datapath: &mut Datapath, one: &MapWrite) -> Result<()> {
     match *one {
         MapWrite::SetVerdict(key, value) => datapath.set_policy_verdict(
             verdict_key(key),
