@@ -75,19 +75,19 @@ pub(crate) enum Tracked {
 /// Carries out what was planned for the packet (`scratch.ways`). `true`: the first judged it.
 #[inline(always)]
 pub(crate) fn carry_out<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool, DropReason> {
-    let mut judged = false;
+    // Through memory, so that the verifier does not follow what comes then for each answer.
+    scratch.judged = false;
     if scratch.ways[0].task != Task::Nothing {
         scratch.way = scratch.ways[0];
-        judged = perform(maps, scratch)? == Tracked::Judged;
-        if judged && scratch.ways[0].task == Task::Recognise {
-            return Ok(true);
-        }
+        let tracked = perform(maps, scratch)?;
+        scratch.judged = tracked == Tracked::Judged;
     }
-    if scratch.ways[1].task != Task::Nothing {
+    let recognised = scratch.judged && scratch.ways[0].task == Task::Recognise;
+    if scratch.ways[1].task != Task::Nothing && !recognised {
         scratch.way = scratch.ways[1];
         perform(maps, scratch)?;
     }
-    Ok(judged)
+    Ok(scratch.judged)
 }
 
 /// Carries out `scratch.way`.
@@ -144,7 +144,8 @@ fn track<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<Tracked, DropReason
         return Ok(Tracked::Deferred);
     }
     ask(scratch);
-    let audited = settle(judge(maps, scratch), maps, scratch)?;
+    judge(maps, scratch);
+    let audited = settle(maps, scratch)?;
     let waiting = matches!(scratch.entry.standing, Standing::Waiting) && goes_on(scratch.tuple.step);
     if !opens(scratch, state) && !waiting {
         return Ok(Tracked::Judged);
@@ -379,12 +380,12 @@ fn judged_again<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool, DropRe
         Standing::Untranslated | Standing::Current | Standing::Waiting | Standing::Fresh => return Ok(false),
     };
     ask_again(scratch);
-    let answer = judge(maps, scratch);
-    if untranslated && matches!(answer, Answer::Denied(_)) {
+    judge(maps, scratch);
+    if untranslated && matches!(scratch.answer, Answer::Denied(_)) {
         return Ok(false);
     }
     // What is denied stays as it was: the next packet asks again, in the same direction.
-    let audited = settle(answer, maps, scratch)?;
+    let audited = settle(maps, scratch)?;
     let outbound = scratch.asked.outbound;
     scratch.value.flags =
         (scratch.value.flags & !FLOW_AUDIT) | FLOW_JUDGED | if audited { FLOW_AUDIT } else { 0 };
@@ -409,10 +410,10 @@ fn ask_again(scratch: &mut Scratch) {
     scratch.asked.port = scratch.value.port;
 }
 
-/// Turns an answer into passing (`true`: audited) or a reason to drop.
+/// Turns the answer into passing (`true`: audited) or a reason to drop.
 #[inline(always)]
-fn settle<M: Maps>(answer: Answer, maps: &M, scratch: &mut Scratch) -> Result<bool, DropReason> {
-    match answer {
+fn settle<M: Maps>(maps: &M, scratch: &mut Scratch) -> Result<bool, DropReason> {
+    match scratch.answer {
         Answer::Allowed => Ok(false),
         Answer::Audited(reason) => {
             events::report(maps, scratch, Outcome::Audited, reason as u8);
@@ -481,7 +482,11 @@ fn is_related<M: Maps>(maps: &M, scratch: &mut Scratch) -> bool {
         Standing::Waiting | Standing::Untranslated if is_service(maps, &scratch.remote()) => true,
         Standing::Waiting | Standing::Untranslated | Standing::Stale => {
             ask_again(scratch);
-            matches!(judge(maps, scratch), Answer::Allowed | Answer::Audited(_))
+            judge(maps, scratch);
+            match scratch.answer {
+                Answer::Allowed | Answer::Audited(_) => true,
+                Answer::Denied(_) => false,
+            }
         }
     }
 }

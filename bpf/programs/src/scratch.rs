@@ -1,11 +1,14 @@
 //! Where a program keeps what it knows of its packet. The stack has 512 bytes; this lies in a per-CPU map, and it
 //! also makes the verifier forget which way a value came by, so that it does not follow each one apart.
 
-use warren_abi::{Event, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook, RepeatKey, SettingsValue};
+use warren_abi::{
+    DropReason, Event, FlowKey, FlowValue, FragmentKey, FragmentValue, Hook, RepeatKey, SettingsValue,
+};
 
 use crate::{
     Address, Ip, Meta, Transport, Tuple,
     flows::{Entry, Way},
+    policy::Answer,
     quote::Quoted,
 };
 
@@ -76,6 +79,9 @@ pub struct Scratch {
     /// What is done.
     pub(crate) way: Way,
     pub(crate) asked: Asked,
+    pub(crate) answer: Answer,
+    /// The first of the ways judged the packet.
+    pub(crate) judged: bool,
     pub(crate) entry: Entry,
     /// The revision of policy that is asked.
     pub(crate) revision: u32,
@@ -177,6 +183,8 @@ impl Default for Scratch {
                 port: 0,
                 address: [0; 16],
             },
+            answer: Answer::Denied(DropReason::NoPolicy),
+            judged: false,
             entry: Entry::default(),
             revision: 0,
             key: FlowKey::default(),

@@ -1,6 +1,6 @@
 //! What policy and connection tracking see of a packet: its ends, and what it does to a connection.
 
-use warren_abi::DropReason;
+use warren_abi::{DropReason, FragmentValue};
 
 use crate::{
     Fragment, Ip, Maps, Packet, Scratch, Transport, neighbour, quote,
@@ -96,25 +96,19 @@ pub(crate) fn read<P: Packet, M: Maps>(
     scratch.transport = transport;
     scratch.tuple.protocol = transport.protocol;
     match transport.fragment {
-        Fragment::Whole => {
-            scratch.tuple.discovery = neighbour::is_discovery(packet, ip, &transport);
-            whole(packet, scratch, ip, &transport)?;
-        }
-        Fragment::First => {
-            whole(packet, scratch, ip, &transport).map_err(|reason| match reason {
-                DropReason::Truncated => DropReason::TinyFragment,
-                other => other,
-            })?;
-            fragment_key(scratch, &transport);
-            scratch.ports.source_port = scratch.tuple.source_port;
-            scratch.ports.destination_port = scratch.tuple.destination_port;
-            scratch.ports.port = scratch.tuple.port;
-            scratch.ports.protocol = scratch.tuple.protocol;
-            scratch.ports.seen = scratch.now.seconds;
-            scratch.ports.padding = 0;
-            maps.insert_fragment(&scratch.fragment, &scratch.ports);
-        }
         Fragment::Later => later(maps, scratch, &transport)?,
+        Fragment::Whole | Fragment::First => {
+            let first = transport.fragment == Fragment::First;
+            match whole(packet, scratch, ip, &transport) {
+                Err(DropReason::Truncated) if first => return Err(DropReason::TinyFragment),
+                other => other?,
+            }
+            if first {
+                note_first(maps, scratch, &transport);
+            } else {
+                scratch.tuple.discovery = neighbour::is_discovery(packet, ip, &transport);
+            }
+        }
     }
     scratch.tuple.known = true;
     if scratch.tuple.error {
@@ -232,6 +226,21 @@ fn fragment_key(scratch: &mut Scratch, transport: &Transport) {
     key.protocol = transport.fragment_protocol;
     key.family = scratch.tuple.family;
     key.padding = [0; 2];
+}
+
+/// Notes what a first fragment says, for those that follow.
+#[inline(always)]
+fn note_first<M: Maps>(maps: &M, scratch: &mut Scratch, transport: &Transport) {
+    fragment_key(scratch, transport);
+    scratch.ports = FragmentValue {
+        source_port: scratch.tuple.source_port,
+        destination_port: scratch.tuple.destination_port,
+        seen: scratch.now.seconds,
+        port: scratch.tuple.port,
+        protocol: scratch.tuple.protocol,
+        padding: 0,
+    };
+    maps.insert_fragment(&scratch.fragment, &scratch.ports);
 }
 
 /// Ports of a later fragment. It goes on with a flow, and opens none that is not there.
