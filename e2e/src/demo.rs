@@ -1,5 +1,7 @@
-//! The demonstration: three nodes, a three-tier application, the proof that its traffic is encrypted, and an
-//! agent that is killed while packets flow.
+//! The demonstration: three nodes, a three-tier application, the proof that its traffic is encrypted, policies that
+//! close it and open exactly what they say, and an agent that is killed while packets flow.
+
+mod policy;
 
 use std::{
     fmt::Display,
@@ -12,6 +14,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 
+use self::policy::Zone;
 use crate::{
     app::{ask::Protocol, wire::FlowReport},
     lab::{KEYD_SOCKET, Lab, LabOptions, Pod, PodSpec, wait::wait_for},
@@ -41,6 +44,10 @@ pub struct Figures {
     pub agent_restart_lost_packets: u64,
     /// Numbered packets sent meanwhile, both families.
     pub agent_restart_sent_packets: u64,
+    /// Questions between pods under policy: each must be answered, or must meet silence.
+    pub policy_checks: u64,
+    /// Of these, not as the policies say.
+    pub policy_failures: u64,
     /// How long all of it took, seconds.
     pub seconds: u64,
 }
@@ -73,6 +80,17 @@ impl Figures {
                 self.agent_restart_lost_packets
             ),
         );
+        require(
+            self.policy_checks > 100,
+            format!("only {} policy checks were made", self.policy_checks),
+        );
+        require(
+            self.policy_failures == 0,
+            format!(
+                "{} of {} policy checks were not as the policies say",
+                self.policy_failures, self.policy_checks
+            ),
+        );
         faults
     }
 }
@@ -86,7 +104,7 @@ struct Steps {
 }
 
 impl Steps {
-    const TOTAL: u32 = 7;
+    const TOTAL: u32 = 9;
 
     fn new() -> Self {
         Self {
@@ -125,7 +143,7 @@ pub fn run(args: &DemoArgs) -> Result<Figures> {
     steps.begin("Three nodes, joined by an underlay bridge; keyd on node1, an agent on each");
     let lab = Lab::start(LabOptions::default())?;
     let outcome = with_encryption(&lab, &mut steps, &mut figures).inspect_err(|_| lab.fail());
-    let mut application = outcome?;
+    let (mut application, mut zone) = outcome?;
 
     steps.begin("Power check: the same with encryption off must be seen in clear");
     figures.power_check_plaintext_packets = power_check()?;
@@ -140,6 +158,7 @@ pub fn run(args: &DemoArgs) -> Result<Figures> {
         write_json(file, &figures)?;
     }
     if args.keep {
+        zone.release();
         keep(lab, &mut application)?;
     }
     Ok(figures)
@@ -154,7 +173,7 @@ fn tiers() -> [PodSpec; 3] {
     })
 }
 
-fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Result<Vec<Pod>> {
+fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Result<(Vec<Pod>, Zone)> {
     for node in lab.nodes() {
         println!("      {:<6} {}", node.name, node.place().how_to_enter());
     }
@@ -187,6 +206,14 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
         counts.encrypted, counts.plaintext, counts.control, counts.neighbour
     ));
 
+    let zone = Zone::start(lab, &application)?;
+    steps.begin("Zero trust: default deny for the namespace, both directions");
+    zone.close(lab, &application, figures)?;
+    steps.done("nothing reaches anything, not even DNS");
+    steps.begin("Allow rules: DNS, the namespace -> frontend:8080, frontend -> api:5000, api -> db:6379");
+    zone.open(lab, &application, figures)?;
+    steps.done("exactly what the rules say passes");
+
     steps.begin("What a node and the cluster say");
     print_indented(&lab.node(2).run(["mesh-agent", "encrypt", "status"])?);
     println!();
@@ -208,7 +235,7 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
     steps.begin(format!(
         "SIGKILL for the agent of node2 during {RATE} packets/s in each family"
     ));
-    let reports = restart_during_flows(lab, &application)?;
+    let reports = restart_during_flows(lab, &application, || zone.still(&application, figures))?;
     for (family, report) in ["IPv4", "IPv6"].iter().zip(&reports) {
         println!(
             "      {family}: sent {}, received {}, lost {}, duplicated {}, longest gap {} ms",
@@ -217,7 +244,7 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
         figures.agent_restart_lost_packets += report.lost;
         figures.agent_restart_sent_packets += report.sent;
     }
-    steps.done("a new agent has taken over");
+    steps.done("policy held without the agent; a new one has taken over");
 
     steps.begin("The capture's verdict");
     let counts = capture.finish()?;
@@ -230,13 +257,14 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
         "{} encrypted packets, {} in clear",
         counts.encrypted, counts.plaintext
     ));
-    Ok(application)
+    Ok((application, zone))
 }
 
 fn port(pod: &str) -> u16 {
     match pod {
         "api" => 5000,
         "db" => 6379,
+        "dns" => 53,
         _ => 8080,
     }
 }
@@ -272,7 +300,11 @@ fn talk(application: &[Pod]) -> Result<()> {
     Ok(())
 }
 
-fn restart_during_flows(lab: &Lab, application: &[Pod]) -> Result<Vec<FlowReport>> {
+fn restart_during_flows(
+    lab: &Lab,
+    application: &[Pod],
+    without_agent: impl FnOnce() -> Result<()>,
+) -> Result<Vec<FlowReport>> {
     let [frontend, api, ..] = application else {
         anyhow::bail!("the application has too few tiers")
     };
@@ -291,13 +323,15 @@ fn restart_during_flows(lab: &Lab, application: &[Pod]) -> Result<Vec<FlowReport
     )?;
     node.kill_agent()?;
     println!("      killed; packets keep flowing");
+    without_agent()?;
+    println!("      the same connections pass and time out as before");
     wait_for(
         Duration::from_secs(60),
         "half of the flow",
         elapsed(FLOW_SECONDS / 2),
     )?;
     node.start_agent()?;
-    node.wait_ready(lab.nodes().len() - 1, Duration::from_secs(30))?;
+    node.wait_ready(lab.nodes().len() - 1, Duration::from_secs(60))?;
     println!("      restarted; it has adopted devices, programs and pods");
     wait_for(Duration::from_secs(60), "the flow's end", elapsed(FLOW_SECONDS))?;
     flows.iter_mut().for_each(crate::lab::Flow::stop);
@@ -345,6 +379,11 @@ fn summary(figures: &Figures) {
         &figures.agent_restart_sent_packets,
     );
     line("of these lost", &figures.agent_restart_lost_packets);
+    line(
+        "policy checks: answered or silent as they must be",
+        &figures.policy_checks,
+    );
+    line("of these not as the policies say", &figures.policy_failures);
     line("seconds", &figures.seconds);
 }
 
@@ -379,6 +418,7 @@ mod tests {
             pods: 3,
             encrypted_packets: 1001,
             power_check_plaintext_packets: 1,
+            policy_checks: 101,
             ..Figures::default()
         };
         assert_eq!(good.faults(), Vec::<String>::new());
@@ -393,6 +433,14 @@ mod tests {
             },
             Figures {
                 power_check_plaintext_packets: 0,
+                ..good.clone()
+            },
+            Figures {
+                policy_checks: 100,
+                ..good.clone()
+            },
+            Figures {
+                policy_failures: 1,
                 ..good.clone()
             },
             Figures {

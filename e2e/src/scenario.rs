@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// How long a scenario waits for what must come.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A lab of two nodes: the least in which a leak is possible.
 pub fn two_nodes(encryption: bool) -> LabOptions {

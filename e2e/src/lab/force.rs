@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::{KEYD_SOCKET, Lab, policies::cnp, wait::wait_until};
 
 /// How long a change may take from the folder to the last map.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(60);
 /// The name of the object that is written behind a change, to see that `keyd` has read up to there.
 const FENCE: &str = "lab-fence-";
 

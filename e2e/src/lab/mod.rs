@@ -182,7 +182,7 @@ impl Lab {
                 node.enroll(&first)?;
                 node.start_agent()?;
             }
-            self.wait_ready(Duration::from_secs(60))?;
+            self.wait_ready(Duration::from_secs(120))?;
         }
         Ok(())
     }

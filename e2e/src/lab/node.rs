@@ -238,7 +238,7 @@ impl Node {
             .place()
             .spawn(command, &self.shared.log(&format!("{}-keyd", self.name)))?;
         self.lock().keyd = Some(process);
-        wait_until(Duration::from_secs(30), "keyd answers", || {
+        wait_until(Duration::from_secs(60), "keyd answers", || {
             if let Some(keyd) = &mut self.lock().keyd
                 && !keyd.running()
             {
