@@ -4,16 +4,25 @@
 use std::{
     io::Read as _,
     net::{IpAddr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::{AsFd as _, AsRawFd as _},
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, poll},
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, setsockopt, socket,
+        sockopt::{Linger, ReuseAddr},
+    },
+};
 use serde::{Deserialize, Serialize};
 
-/// How long a connection is given before the next one is tried.
-const CONNECTION: Duration = Duration::from_millis(3);
+/// How long a connection is given before the next one is tried, in milliseconds.
+const CONNECTION: u8 = 3;
 
 /// What `warren-lab-app hammer` takes.
 #[derive(Debug, clap::Args)]
@@ -114,14 +123,52 @@ fn datagrams(to: SocketAddr, rate: u32, counts: &Counts, over: &AtomicBool) -> R
 }
 
 fn connections(to: SocketAddr, counts: &Counts, over: &AtomicBool) -> Result<()> {
+    let mut from = 0;
     while !over.load(Ordering::Relaxed) {
         counts.connections.fetch_add(1, Ordering::Relaxed);
-        match TcpStream::connect_timeout(&to, CONNECTION) {
-            Ok(_) => {
+        match connection(to, &mut from) {
+            Ok(true) => {
                 counts.connections_accepted.fetch_add(1, Ordering::Relaxed);
             }
-            Err(_) => thread::sleep(Duration::from_millis(1)),
+            Ok(false) => thread::sleep(Duration::from_millis(1)),
+            // The port is still in use by an attempt before: another one will do.
+            Err(_) => from = 0,
         }
     }
     Ok(())
+}
+
+/// One attempt, always from the same port: a new one each time would use up the flows that a pod may have.
+fn connection(to: SocketAddr, from: &mut u16) -> Result<bool> {
+    let (family, any): (_, IpAddr) = if to.is_ipv4() {
+        (AddressFamily::Inet, [0, 0, 0, 0].into())
+    } else {
+        (AddressFamily::Inet6, [0u16; 8].into())
+    };
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(family, SockType::Stream, flags, None)?;
+    setsockopt(&socket, ReuseAddr, &true)?;
+    // The end is a reset, which leaves nothing behind.
+    setsockopt(
+        &socket,
+        Linger,
+        &libc::linger {
+            l_onoff: 1,
+            l_linger: 0,
+        },
+    )?;
+    bind(
+        socket.as_raw_fd(),
+        &SockaddrStorage::from(SocketAddr::new(any, *from)),
+    )?;
+    let stream = TcpStream::from(socket);
+    *from = stream.local_addr()?.port();
+    match connect(stream.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Ok(()) => return Ok(true),
+        Err(Errno::EINPROGRESS) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let mut waits = [PollFd::new(stream.as_fd(), PollFlags::POLLOUT)];
+    poll(&mut waits, CONNECTION)?;
+    Ok(stream.peer_addr().is_ok())
 }
