@@ -14,6 +14,7 @@ mod image;
 mod lab;
 mod paths;
 mod setup;
+mod sim;
 mod soak;
 mod test;
 mod vm;
@@ -50,6 +51,8 @@ enum Command {
     Deps,
     /// Ten minutes through the tunnel engine, at least four rekeys, nothing may be lost.
     Soak(lab::Passed),
+    /// Key rotation in simulated worlds, from seeds; and one of a large mesh.
+    Sim(lab::Passed),
     /// How fast it is, beside others.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Deps => deps::run(),
         Command::Soak(passed) => soak::run(&passed),
+        Command::Sim(passed) => sim::run(&passed),
         Command::Bench(bench) => bench::run(&bench),
         Command::Fuzz(fuzz) => fuzz::run(&fuzz),
         Command::Conformance(passed) => conformance::run(&passed),

@@ -238,26 +238,8 @@ impl World {
         agent.dirty.extend(changed);
         self.step(node)?;
         self.nodes[node].kernel.marker = version;
-        self.first_key(node, connection)?;
         self.tick_within(node, 20 * MILLI);
         Ok(())
-    }
-
-    fn first_key(&mut self, node: NodeId, connection: usize) -> Step {
-        let Some(agent) = self.nodes[node].agent.as_ref() else {
-            return Err(Dead);
-        };
-        let own = agent.nodes[node].as_deref();
-        let generation = match agent.keyring.first(own) {
-            Some(generation) => generation,
-            // Made, but the directory does not know it: offered again.
-            None if own.is_none() => match agent.keyring.held().keys().last() {
-                Some(held) => *held,
-                None => return Ok(()),
-            },
-            None => return Ok(()),
-        };
-        self.asked(node, connection, generation)
     }
 
     fn asked(&mut self, node: NodeId, connection: usize, generation: u64) -> Step {
@@ -310,7 +292,7 @@ impl World {
         if self.apply(node, &targets).is_err() {
             return;
         }
-        if self.is_live(node) && self.has_active_key(node) {
+        if self.judge.is_booting(node) && self.is_live(node) && self.has_caught_up(node) {
             self.judge.applied(node);
         }
         self.report(node, &targets);
@@ -326,11 +308,27 @@ impl World {
         self.nodes[node].agent.as_ref().is_some_and(|agent| agent.live)
     }
 
-    fn has_active_key(&self, node: NodeId) -> bool {
-        self.nodes[node].agent.as_ref().is_some_and(|agent| {
-            let own = agent.nodes[node].as_deref();
-            own.is_some_and(|own| agent.keyring.holds(own, own.active))
-        })
+    /// Whether the node has the key that others send with, and itself sends with the active keys: one whose disk was set
+    /// back may have begun with others, although it had promised not to.
+    fn has_caught_up(&self, node: NodeId) -> bool {
+        let here = &self.nodes[node];
+        let Some((agent, own)) = here
+            .agent
+            .as_ref()
+            .and_then(|agent| Some((agent, agent.nodes[node].clone()?)))
+        else {
+            return false;
+        };
+        let sends_right = |peer: NodeId, other: &NodeKeys| {
+            let paths = slots::paths(&own, &agent.keyring, other);
+            let wanted = slots::target(&own, other, &paths).map(|path| path.slot);
+            wanted.is_none() || here.kernel.paths[peer].map(|path| path.slot) == wanted
+        };
+        let others = agent.nodes.iter().enumerate().filter(|(peer, _)| *peer != node);
+        agent.keyring.holds(&own, own.active)
+            && others
+                .filter_map(|(peer, other)| Some((peer, other.as_ref()?)))
+                .all(|(peer, other)| sends_right(peer, other))
     }
 
     /// Tells keyd what has changed.

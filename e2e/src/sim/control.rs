@@ -329,30 +329,20 @@ impl World {
         keyd: usize,
         epoch: u64,
         node: NodeId,
-        was: Box<NodeKeys>,
-        keys: Box<NodeKeys>,
+        was: &NodeKeys,
+        keys: &NodeKeys,
     ) {
         if self.now < self.store.down_until {
-            let event = Event::Write {
-                keyd,
-                epoch,
-                node,
-                was,
-                keys,
-            };
-            // The writer tries again; a dead one does not.
-            if self.term(keyd, epoch).is_some() {
-                self.at(SECOND, event);
-            }
-            return;
+            // Not tried again as it is: by then it may be wrong. The machine decides anew.
+            return self.at(SECOND, Event::Written(keyd, epoch, node));
         }
         let forced = self.sabotage == Sabotage::ForcedWrites;
         if let Some(stored) = self.store.nodes[node].as_mut()
-            && (*stored == *was || forced)
+            && (stored == was || forced)
             && stored.uid == keys.uid
         {
-            let before = std::mem::replace(stored, *keys.clone());
-            self.judge.written(self.now, node, &before, &keys);
+            let before = std::mem::replace(stored, keys.clone());
+            self.judge.written(self.now, node, &before, keys);
             self.note(|| {
                 format!(
                     "keyd {keyd} writes node {node}: generations {:?}, active {}, last {}",

@@ -242,7 +242,7 @@ impl World {
         let here = &mut self.nodes[node];
         match (damage, here.old_disk.clone()) {
             (Damage::Old, Some(old)) => here.disk = old,
-            (Damage::Replaced, _) => here.disk = Disk::default(),
+            (Damage::Replaced, _) => (here.disk, here.old_disk) = (Disk::default(), None),
             _ => {}
         }
         let pause = self.between(SECOND, 20 * SECOND);
@@ -347,13 +347,12 @@ impl World {
             Stragglers::Revoke,
         ];
         let stragglers = self.dice.pick(&stragglers);
-        self.judge.leaves |= stragglers == Stragglers::Leave;
         RotationSpec {
             selection,
             pace: Pace {
                 concurrency,
                 jitter_ms: [0, 0, 1500][self.dice.roll(3)],
-                drain_ms: [0, 500, 3000][self.dice.roll(3)],
+                drain_ms: [1000, 1000, 3000][self.dice.roll(3)],
                 deadline_ms: [10_000, 30_000, 60_000][self.dice.roll(3)],
             },
             stragglers,

@@ -30,8 +30,6 @@ pub(super) struct Judge {
     steady: Vec<bool>,
     /// Counts disturbances: a packet from before one proves nothing.
     eras: Vec<u32>,
-    /// Rotations may leave stragglers behind: what comes back while it cannot hear keyd is not expected to get through.
-    pub(super) leaves: bool,
     /// Nodes that have not applied a directory of keyd's since they booted.
     booting: Vec<bool>,
     keys: HashMap<(String, u64), PublicKey>,
@@ -47,7 +45,6 @@ impl Judge {
             nodes,
             steady: vec![false; nodes * nodes],
             eras: vec![0; nodes * nodes],
-            leaves: false,
             booting: vec![false; nodes],
             keys: HashMap::new(),
             judged: 0,
@@ -66,11 +63,8 @@ impl Judge {
         self.eras[from * self.nodes + to]
     }
 
-    /// A packet arrived. `live`: both ends hear keyd.
-    pub(super) fn delivered(&mut self, from: NodeId, to: NodeId, judged: bool, live: bool) {
-        let pair = from * self.nodes + to;
-        let whole = !self.booting[from] && !self.booting[to];
-        self.steady[pair] = whole && (live || !self.leaves || self.steady[pair]);
+    pub(super) fn delivered(&mut self, from: NodeId, to: NodeId, judged: bool) {
+        self.steady[from * self.nodes + to] = !self.booting[from] && !self.booting[to];
         self.judged += u64::from(judged);
     }
 
@@ -89,10 +83,14 @@ impl Judge {
     }
 
     /// The node loses its devices. Its disk may be older than what it last told others, or have lost its key, so nothing
-    /// is expected of it until it has applied what keyd says now and has the key that others send with.
+    /// is expected of it until it has applied what keyd says now, and has and uses the keys that are active.
     pub(super) fn boots(&mut self, node: NodeId) {
         self.booting[node] = true;
         self.disturb_all(node);
+    }
+
+    pub(super) fn is_booting(&self, node: NodeId) -> bool {
+        self.booting[node]
     }
 
     pub(super) fn applied(&mut self, node: NodeId) {

@@ -160,8 +160,7 @@ impl World {
                         if confirmed {
                             self.handshake_done(to.node, to.slot, from.node, session);
                         }
-                        let live = self.is_live(from.node) && self.is_live(to.node);
-                        self.judge.delivered(from.node, to.node, judged, live);
+                        self.judge.delivered(from.node, to.node, judged);
                     }
                     Err(refused) if judged => self.lost(from.node, to.node, "is not accepted", refused),
                     Err(_) => {}

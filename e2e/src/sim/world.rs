@@ -262,7 +262,7 @@ impl World {
                 node,
                 was,
                 keys,
-            } => self.write(keyd, epoch, node, was, keys),
+            } => self.write(keyd, epoch, node, &was, &keys),
             Event::Written(keyd, epoch, node) => self.written(keyd, epoch, node),
             Event::Seen(keyd, epoch, node) => self.seen(keyd, epoch, node),
             Event::Lead => self.lead(),

@@ -59,6 +59,11 @@ impl Member {
         self.connected && self.held.as_ref().is_some_and(|held| !has(held))
     }
 
+    /// Whether it needs a key whatever anybody wishes: it has none, or none that works.
+    pub(super) fn needs_key(&self) -> bool {
+        self.keys.active == 0 || self.is_cut_off()
+    }
+
     /// Whether the key that others send with is lost.
     pub(super) fn is_cut_off(&self) -> bool {
         self.keys.active > 0 && self.is_published() && self.lacks(self.keys.active)
@@ -179,6 +184,8 @@ impl View<'_> {
             // Without a deadline: there is nothing to go back to.
             (None, _) if self.member.is_cut_off() => self.ask(flight, keys.replacement()),
             (None, Some(_)) => self.switch_and_drain(flight),
+            // The first key of a node needs no rotation.
+            (None, None) if keys.active == 0 => self.ask(flight, keys.next()),
             (None, None) if keys.active > flight.from => self.confirm_destroyed(flight),
             (None, None) if !self.wish.rotate => Step::Finished,
             (None, None) if self.is_late(flight) => {
@@ -313,7 +320,7 @@ impl View<'_> {
     fn is_left(&self, peer: &NodeName, other: &Member) -> bool {
         self.wish.stragglers == Stragglers::Leave
             && !other.connected
-            && readiness::silent(self.own_report(peer, other))
+            && self.member.reports.is_silent(self.now, peer, &other.keys.uid)
     }
 
     fn may_revoke(&self, peer: &NodeName) -> bool {
@@ -329,6 +336,7 @@ pub(super) fn obstacle(
     members: &Members,
     away: &BTreeSet<NodeName>,
     stragglers: Stragglers,
+    now: u64,
 ) -> Option<NodeName> {
     if !member.connected {
         return Some(name.clone());
@@ -338,7 +346,7 @@ pub(super) fn obstacle(
         .find(|peer| {
             let silent = members
                 .get(*peer)
-                .is_some_and(|other| readiness::silent(member.reports.of(peer, &other.keys.uid)));
+                .is_some_and(|other| member.reports.is_silent(now, peer, &other.keys.uid));
             !(stragglers == Stragglers::Leave && silent)
         })
         .cloned()

@@ -47,7 +47,7 @@ impl Machine {
             Event::Held { node, keys } => self.held(now, &node, keys),
             Event::Report { node, pairs } => {
                 if let Some(member) = self.members.get_mut(&node).filter(|member| member.connected) {
-                    pairs.into_iter().for_each(|pair| member.reports.put(pair));
+                    pairs.into_iter().for_each(|pair| member.reports.put(now, pair));
                 }
             }
         }
@@ -115,7 +115,7 @@ impl Machine {
             return;
         };
         member.held = Some(keys);
-        if member.is_cut_off() {
+        if member.needs_key() {
             let flight = Flight::new(now, member.keys.active);
             self.flights.entry(node.clone()).or_insert(flight);
         }
@@ -327,7 +327,10 @@ impl Machine {
             return;
         };
         let limit = rotation.spec.pace.concurrency.of(rotation.progress.plan.len());
-        let mut flying = self.flights.values().filter(|flight| !flight.stalled).count();
+        let counts = |(node, flight): &(&NodeName, &Flight)| {
+            !flight.stalled && rotation.progress.plan.contains_key(*node)
+        };
+        let mut flying = self.flights.iter().filter(counts).count();
         if flying >= limit {
             rotation.blocked_since = None;
             return;
@@ -348,7 +351,7 @@ impl Machine {
             if flying >= limit || rotation.spec.abort {
                 break;
             }
-            match obstacle(node, member, &self.members, &away, stragglers) {
+            match obstacle(node, member, &self.members, &away, stragglers, now) {
                 _ if self.flights.contains_key(node) => {}
                 Some(peer) => obstacles.push((node.clone(), peer)),
                 None => {

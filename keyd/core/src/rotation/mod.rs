@@ -75,10 +75,14 @@
 //! # Others
 //!
 //! * *Stragglers*: peers whose agent is not connected. `Wait`: the deadline decides. `Revoke`: at the deadline their
-//!   keys are revoked. `Leave`: a pair counts as settled while its other end says that no path of it has a fresh
-//!   handshake: there is no traffic to lose, the straggler gets the directory when it returns.
+//!   keys are revoked. `Leave`: a pair counts as settled while its other end has said for 180 s that no path of
+//!   it has a fresh handshake: no session is alive, there is no traffic to lose, the straggler gets the directory when it
+//!   returns.
 //!   A connected peer is never revoked: the fault is between the two.
+//! * *Drain*: quiet alone is not enough, a packet may be under way while the last sender moves. The drain time counts from
+//!   when all have moved and are quiet, and must be longer than any packet lives in the underlay (1 s at least).
 //! * *A node that comes* has to verify like all others; a node that goes is no longer asked.
+//! * *The first key* of a node is asked for when its agent connects, and is active at once.
 //! * *A key that is lost* (disk replaced) while active: its node is cut off already; the next key becomes active at
 //!   once, in the same half.
 //! * *Concurrency* counts nodes between Preparing and Retiring, without stalled ones; *jitter* delays each start by a

@@ -30,27 +30,60 @@ pub struct PairReport {
     pub paths: Vec<PathState>,
 }
 
+/// After so long without a handshake no session can be alive (WireGuard's reject-after time), milliseconds.
+const SESSIONS_END_MS: u64 = 180_000;
+
+#[derive(Debug)]
+struct Reported {
+    uid: NodeUid,
+    paths: Vec<PathState>,
+    /// Since when this end has said that no path has a fresh handshake.
+    silent_since: Option<u64>,
+}
+
 /// What one agent has reported since it connected.
 #[derive(Debug, Default)]
-pub(super) struct Reports(BTreeMap<NodeName, (NodeUid, Vec<PathState>)>);
+pub(super) struct Reports(BTreeMap<NodeName, Reported>);
 
 impl Reports {
-    pub(super) fn put(&mut self, report: PairReport) {
-        if report.paths.is_empty() {
-            self.0.remove(&report.peer);
-        } else {
-            self.0.insert(report.peer, (report.uid, report.paths));
+    pub(super) fn put(&mut self, now: u64, report: PairReport) {
+        let PairReport { peer, uid, paths } = report;
+        if paths.is_empty() {
+            self.0.remove(&peer);
+            return;
         }
+        let before = self.0.get(&peer).filter(|before| before.uid == uid);
+        let since = before.map_or(Some(now), |before| before.silent_since);
+        let silent = !paths.iter().any(|path| path.verified);
+        let silent_since = silent.then_some(since.unwrap_or(now));
+        let reported = Reported {
+            uid,
+            paths,
+            silent_since,
+        };
+        self.0.insert(peer, reported);
     }
 
     pub(super) fn clear(&mut self) {
         self.0.clear();
     }
 
+    fn reported(&self, peer: &NodeName, uid: &NodeUid) -> Option<&Reported> {
+        self.0.get(peer).filter(|reported| reported.uid == *uid)
+    }
+
     /// The paths to this incarnation of a peer; `None` where nothing was reported.
     pub(super) fn of(&self, peer: &NodeName, uid: &NodeUid) -> Option<&[PathState]> {
-        let (reported, paths) = self.0.get(peer)?;
-        (reported == uid).then_some(paths.as_slice())
+        self.reported(peer, uid).map(|reported| reported.paths.as_slice())
+    }
+
+    /// Whether this end has had no path to the peer for so long that no session can be alive. One that has just booted
+    /// has none either, but the peer's may be.
+    pub(super) fn is_silent(&self, now: u64, peer: &NodeName, uid: &NodeUid) -> bool {
+        let since = self
+            .reported(peer, uid)
+            .and_then(|reported| reported.silent_since);
+        since.is_some_and(|since| now.saturating_sub(since) >= SESSIONS_END_MS)
     }
 }
 
@@ -61,11 +94,6 @@ pub(super) fn verified(paths: Option<&[PathState]>, own: u64, peer: u64) -> bool
             .iter()
             .any(|path| (path.own, path.peer) == (own, peer) && path.verified)
     })
-}
-
-/// Whether no path of the pair has a fresh handshake, as one end says.
-pub(super) fn silent(paths: Option<&[PathState]>) -> bool {
-    paths.is_some_and(|paths| paths.iter().all(|path| !path.verified))
 }
 
 /// Whether one end sends on a path with the `active` generation of one node and hears nothing on those with another.

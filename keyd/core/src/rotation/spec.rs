@@ -51,7 +51,7 @@ pub struct Pace {
     pub concurrency: Concurrency,
     /// Each node's start is delayed by up to this.
     pub jitter_ms: u64,
-    /// How long an old path must be unused and quiet before it goes.
+    /// How long an old path must be unused and quiet before it goes; at least 1,000.
     pub drain_ms: u64,
     /// How long one node may take.
     pub deadline_ms: u64,

@@ -32,19 +32,10 @@ impl Keyring {
         &self.held
     }
 
-    /// `keyd` asks for a key. Returns whether one must be made; one that is there is offered again.
+    /// `keyd` asks for a key: the first, the next, or one in place of a lost one. Returns whether it must be made; one
+    /// that is there is offered again.
     pub fn must_make(&self, generation: u64) -> bool {
         !self.held.contains_key(&generation)
-    }
-
-    /// The first key of a node without any, where the directory (if one is known) has none of it either. With a key in
-    /// the directory and none on disk, `keyd` asks for what it needs.
-    pub fn first(&self, own: Option<&NodeKeys>) -> Option<u64> {
-        match own {
-            _ if !self.held.is_empty() => None,
-            Some(own) if own.active > 0 => None,
-            own => Some(own.map_or(0, |own| own.last) + 1),
-        }
     }
 
     /// A key is on disk, synced.
