@@ -1,6 +1,6 @@
 //! The task that owns the index of a term: takes commands, feeds the core, passes its outputs on in order.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use tokio::sync::{mpsc, oneshot};
@@ -19,6 +19,7 @@ use warren_model::{
 
 use crate::{
     clock,
+    lag::Lag,
     metrics::Metrics,
     node_status::{Seen as SeenNode, Statuses},
     policy_status::{PolicyStatuses, Seen},
@@ -112,6 +113,7 @@ pub(crate) struct Hub {
     /// Only where objects have a status.
     statuses: Option<(Statuses, tokio::time::Instant)>,
     policy_statuses: Option<PolicyStatuses>,
+    lag: Arc<Lag>,
     /// Conditions to write.
     conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
 }
@@ -123,10 +125,12 @@ impl Hub {
         metrics: Metrics,
         load_problems: Vec<String>,
         conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
+        lag: Arc<Lag>,
         (epoch, with_statuses): (u64, bool),
     ) -> Self {
         Self {
             epoch,
+            lag,
             uid_questions: vec![],
             questions: Questions::default(),
             conditions,
@@ -170,6 +174,7 @@ impl Hub {
                         }
                         continue;
                     }
+                    Output::Publish { .. } => self.lag.made(),
                     _ => {}
                 }
                 if self.orders.send(Order::Do(output)).is_err() {
@@ -177,6 +182,9 @@ impl Hub {
                 }
             }
             self.write_conditions();
+            if let Some(pause) = self.lag.pause() {
+                tokio::time::sleep(pause).await;
+            }
             if ticked {
                 self.measure();
                 self.write_statuses();

@@ -11,6 +11,7 @@ mod clock;
 mod files;
 mod hub;
 mod kubernetes;
+mod lag;
 mod leader;
 mod listener;
 mod metrics;

@@ -28,6 +28,7 @@ use warren_model::{IdentityId, NodeName, NodeUid};
 
 use crate::{
     clock, hub,
+    lag::Lag,
     store::{ObjectName, Store},
     trust::Trust,
     wire::encode,
@@ -93,10 +94,11 @@ pub(crate) struct Publisher {
     sessions: BTreeMap<SessionId, SessionHandle>,
     failed: HashMap<ObjectName, Object>,
     hub: mpsc::WeakSender<hub::Command>,
+    lag: Arc<Lag>,
 }
 
 impl Publisher {
-    pub(crate) fn new(term: Term, hub: &mpsc::Sender<hub::Command>) -> Self {
+    pub(crate) fn new(term: Term, hub: &mpsc::Sender<hub::Command>, lag: Arc<Lag>) -> Self {
         Self {
             term,
             entries: EntrySet::default(),
@@ -107,6 +109,7 @@ impl Publisher {
             sessions: BTreeMap::new(),
             failed: HashMap::new(),
             hub: hub.downgrade(),
+            lag,
         }
     }
 
@@ -304,6 +307,9 @@ impl Publisher {
         for session in self.sessions.keys().copied().collect::<Vec<_>>() {
             self.queue(session, Item::Updates(updates.clone()));
         }
+        let queues = self.sessions.values();
+        self.lag
+            .published(queues.map(|handle| QUEUE.saturating_sub(handle.queue.capacity())));
         let (upserts, removes) = (change.upserts.len(), change.removes.len());
         tracing::debug!(
             version,

@@ -20,6 +20,7 @@ use crate::{
     auth::Authenticator,
     clock,
     hub::{self, Hub},
+    lag::Lag,
     listener,
     metrics::{self, Metrics},
     policy_status,
@@ -150,14 +151,16 @@ pub(crate) fn begin_term(
     let (hub, commands) = mpsc::channel(HUB_QUEUE);
     let (orders, ordered) = mpsc::unbounded_channel();
     let (conditions, wanted) = mpsc::unbounded_channel();
+    let lag = Arc::new(Lag::default());
     let conditions_of = policy_status::write(term.store.clone(), wanted);
-    let publisher = Publisher::new(term, &hub);
+    let publisher = Publisher::new(term, &hub, lag.clone());
     let index = Hub::new(
         core,
         orders,
         metrics.clone(),
         loaded.problems,
         conditions,
+        lag,
         hub_terms,
     );
     TermTasks {
