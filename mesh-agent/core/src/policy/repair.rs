@@ -135,12 +135,33 @@ impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
                     .push(MapWrite::DeleteVerdict(*key));
             }
         }
+        // Small ones first: who needs too much must not take what others need little of.
+        let mut sets: Vec<(u32, Vec<MapWrite>)> = sets.into_iter().collect();
+        sets.sort_by_key(|(_, steps)| steps.len());
+        let used: BTreeSet<u32> = self.held.ports.values().map(|value| value.class).collect();
         for (policy, steps) in sets {
-            self.of_policy(policy, steps);
+            self.of_policy(policy, steps.clone());
+            if self.out.failed.contains_key(&policy) {
+                self.give_back(&steps, &used);
+            }
         }
         for (policy, steps) in deletes {
             if !self.out.failed.contains_key(&policy) {
                 self.of_policy(policy, steps);
+            }
+        }
+    }
+
+    /// Takes away what was written of a policy that found no room. Nothing has ever led to these classes.
+    fn give_back(&mut self, steps: &[MapWrite], used: &BTreeSet<u32>) {
+        for step in steps {
+            if let MapWrite::SetVerdict(key, _) = step
+                && !used.contains(&key.class)
+                && self.held.verdicts.contains_key(key)
+                && let Err(error) = self.one(MapWrite::DeleteVerdict(*key))
+            {
+                self.out.other = Some(error);
+                return;
             }
         }
     }
