@@ -6,6 +6,7 @@
 pub mod cilium;
 mod identity;
 mod node;
+mod rotation;
 mod state;
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -14,6 +15,10 @@ use kube::CustomResourceExt as _;
 pub use identity::{MeshIdentity, MeshIdentitySpec};
 pub use node::{
     Condition, MeshNode, MeshNodeSpec, MeshNodeStatus, RevokedKeys, SlotSpec, SpecError, signed_bytes,
+};
+pub use rotation::{
+    KeyRotation, KeyRotationSpec, KeyRotationStatus, NodeChoice, PlannedNode, RotationCounts, RotationException,
+    RotationPace, RotationSchedule, StragglerPolicy,
 };
 pub use state::{MeshState, MeshStateSpec};
 
@@ -25,7 +30,12 @@ pub const STATE_NAME: &str = "warren";
 
 /// Every custom resource definition, in the order in which they are installed.
 pub fn all() -> Vec<CustomResourceDefinition> {
-    vec![MeshNode::crd(), MeshIdentity::crd(), MeshState::crd()]
+    vec![
+        MeshNode::crd(),
+        MeshIdentity::crd(),
+        MeshState::crd(),
+        KeyRotation::crd(),
+    ]
 }
 
 #[cfg(test)]

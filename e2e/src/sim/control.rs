@@ -324,14 +324,7 @@ impl World {
         }
     }
 
-    pub(super) fn write(
-        &mut self,
-        keyd: usize,
-        epoch: u64,
-        node: NodeId,
-        was: &NodeKeys,
-        keys: &NodeKeys,
-    ) {
+    pub(super) fn write(&mut self, keyd: usize, epoch: u64, node: NodeId, was: &NodeKeys, keys: &NodeKeys) {
         if self.now < self.store.down_until {
             // Not tried again as it is: by then it may be wrong. The machine decides anew.
             return self.at(SECOND, Event::Written(keyd, epoch, node));
