@@ -75,7 +75,7 @@ pub(super) fn kubelet(node: &str, pki: &Path, resolv: &Path, families: Families)
         "clusterDomain": "cluster.local",
         "resolvConf": resolv,
         "evictionHard": {
-            "memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%", "nodefs.inodesFree": "1%",
+            "memory.available": "100Mi", "nodefs.available": "200Mi", "imagefs.available": "200Mi", "nodefs.inodesFree": "1%",
         },
         "imageGCHighThresholdPercent": 100,
         "nodeStatusUpdateFrequency": "5s",
