@@ -400,3 +400,70 @@ fn the_host_has_a_policy_of_its_own() {
         .unwrap();
     assert!(!other.ingress_enforced, "another node");
 }
+
+#[test]
+fn a_full_map_refuses_what_finds_no_room_and_nothing_else() {
+    /// Together they need more verdicts than the map holds (1,048,576).
+    const IDENTITIES: u32 = 30_000;
+    const STATEMENTS: u16 = 20;
+    let mut scene = Scene::new();
+    scene.allow(&[named(12)]);
+    eventually("denied", || !passes(&scene.near, &scene.server.v4));
+    let mut flow = connect(&scene.far.netns, at(&scene.server.v4)).unwrap();
+    assert!(flow.answers());
+    scene.mesh.keyd.add_identities(IDENTITIES, ("crowd", "yes"));
+    let mut greedy = ingress("greedy", Subject::Pods(label("greedy", "yes")), &[]);
+    greedy[0].statements = (0..STATEMENTS)
+        .map(|n| Statement {
+            place: format!("spec.ingress[{n}]"),
+            direction: Direction::Ingress,
+            action: Action::Allow,
+            peers: Peers::These(vec![Peer::Selector(label("crowd", "yes"))]),
+            ports: Ports::These(vec![PortSpec::range(Protocol::Tcp, n, n)]),
+            unenforced: vec![],
+        })
+        .collect();
+    for pod in ["pod13", "pod14"] {
+        scene
+            .mesh
+            .keyd
+            .set_labels(pod, &[("greedy", "yes"), ("own", pod)]);
+    }
+    scene.mesh.keyd.set_rules(&object("greedy"), greedy);
+    let node = &mut scene.mesh.nodes[0];
+    let fits = node.wire_pod(13);
+    eventually("the first fits", || {
+        node.ask(&Request::CniAdd(fits.attachment.clone())) == Response::Done
+    });
+    let too_much = node.wire_pod(14);
+    let answer = node.ask(&Request::CniAdd(too_much.attachment.clone()));
+    let Response::Error { message, retry } = answer else {
+        panic!("{answer:?}")
+    };
+    assert!(retry, "{message}");
+    eventually("status says what is wrong", || match node.ask(&Request::Status) {
+        Response::Status(status) => status.failing.iter().any(|line| line.contains("is full")),
+        other => panic!("{other:?}"),
+    });
+    // Closed, and nobody else notices: flows go on, policies change, pods start.
+    assert!(!passes(&scene.near, &too_much.v4) && endpoint(&scene.mesh, 0, &too_much).closed);
+    assert!(flow.answers());
+    scene.allow(&[named(10), named(12)]);
+    eventually("a policy changes", || passes(&scene.near, &scene.server.v4));
+    let other = scene.mesh.nodes[0].wire_pod(15);
+    eventually("another pod starts", || {
+        scene.mesh.nodes[0].ask(&Request::CniAdd(other.attachment.clone())) == Response::Done
+    });
+    // With room again, all is well.
+    scene.mesh.keyd.set_rules(&object("greedy"), vec![]);
+    eventually("the pod starts", || {
+        scene.mesh.nodes[0].ask(&Request::CniAdd(too_much.attachment.clone())) == Response::Done
+    });
+    eventually("nothing fails", || {
+        match scene.mesh.nodes[0].ask(&Request::Status) {
+            Response::Status(status) => status.failing.is_empty(),
+            other => panic!("{other:?}"),
+        }
+    });
+    assert!(flow.answers());
+}

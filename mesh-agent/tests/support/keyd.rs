@@ -186,6 +186,20 @@ impl Keyd {
         state.publish();
     }
 
+    /// Identities that pods elsewhere might have.
+    pub(crate) fn add_identities(&self, count: u32, label: (&str, &str)) {
+        let mut state = self.state();
+        let first = 256 + state.identities.len() as u32;
+        for number in first..first + count {
+            let labels = [
+                (format!("k8s:{}", label.0), label.1.to_owned()),
+                ("k8s:number".to_owned(), number.to_string()),
+            ];
+            state.identities.insert(IdentityId(number), Labels(labels.into()));
+        }
+        state.publish();
+    }
+
     /// Audit mode for a pod.
     pub(crate) fn set_audit(&self, pod: &str) {
         let mut state = self.state();
