@@ -20,10 +20,10 @@ pub struct BpfArgs {
     #[arg(long)]
     pub json: Option<PathBuf>,
     /// Rounds in the lab, each with policy and without.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 12)]
     pub rounds: u32,
     /// Seconds of each measurement in the lab.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     pub seconds: u32,
     /// Measure the programs only, no lab.
     #[arg(long)]
