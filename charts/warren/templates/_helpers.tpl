@@ -59,5 +59,6 @@ markMask: {{ int64 .Values.markMask }}
 nodePorts: {{ toJson .Values.nodePorts }}
 hostReachesPods: {{ .Values.policy.hostReachesPods }}
 policyAudit: {{ .Values.policy.audit }}
+podsMayAudit: {{ .Values.policy.podsMayAudit }}
 snapshotExpirySeconds: {{ int64 .Values.keyd.snapshotExpiry }}
 {{- end }}

@@ -76,6 +76,10 @@ pub struct ClusterConfig {
     /// Audit mode for the whole cluster: policy is computed and reported, nothing is dropped by it.
     #[serde(default)]
     pub policy_audit: bool,
+    /// Whether the annotation `warren.dev/policy-audit` of a Pod counts. Whoever may annotate a pod could then take it
+    /// out of policy: so only where an operator says so.
+    #[serde(default)]
+    pub pods_may_audit: bool,
     /// Labels of pods that are no part of an identity: keys, or their beginnings with `*` behind. Labels that differ from
     /// pod to pod, or from revision to revision, would make an identity of each.
     #[serde(default = "default_ignored_labels")]

@@ -255,6 +255,7 @@ mod tests {
             node_ports: (30_000, 32_767),
             host_reaches_pods: true,
             policy_audit: false,
+            pods_may_audit: false,
             ignored_labels: crate::config::default_ignored_labels(),
             identities_per_namespace: crate::config::default_identities_per_namespace(),
             snapshot_expiry_seconds: 86400,

@@ -32,6 +32,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 const CONFIG: &str = "\
 podPools: [10.244.0.0/16, 'fd00:10:244::/48']
+podsMayAudit: true
 nodePools: [172.30.0.0/24]
 serviceCidrs: [10.96.0.0/16]
 ";

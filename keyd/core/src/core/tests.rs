@@ -33,6 +33,7 @@ pub(crate) fn config() -> ClusterConfig {
         node_ports: (30_000, 32_767),
         host_reaches_pods: true,
         policy_audit: false,
+        pods_may_audit: true,
         ignored_labels: warren_model::config::default_ignored_labels(),
         identities_per_namespace: warren_model::config::default_identities_per_namespace(),
         snapshot_expiry_seconds: 86400,

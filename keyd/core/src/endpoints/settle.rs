@@ -85,7 +85,8 @@ impl Endpoints {
         };
         let known = self.known(pod, &instance.node);
         // A kubelet makes mirror pods with any annotations it likes.
-        let policy_audit = known.is_some_and(|known| known.policy_audit && !known.mirror);
+        let policy_audit =
+            self.config.pods_may_audit && known.is_some_and(|known| known.policy_audit && !known.mirror);
         let new = match identity {
             Ok(identity) => {
                 self.unnumbered.remove(pod);
