@@ -17,8 +17,8 @@ pub use node::{
     Condition, MeshNode, MeshNodeSpec, MeshNodeStatus, RevokedKeys, SlotSpec, SpecError, signed_bytes,
 };
 pub use rotation::{
-    KeyRotation, KeyRotationSpec, KeyRotationStatus, NodeChoice, PlannedNode, RotationCounts, RotationException,
-    RotationPace, RotationSchedule, StragglerPolicy,
+    KeyRotation, KeyRotationSpec, KeyRotationStatus, NodeChoice, PlannedNode, RotationCounts,
+    RotationException, RotationPace, RotationSchedule, StragglerPolicy,
 };
 pub use state::{MeshState, MeshStateSpec};
 

@@ -239,7 +239,7 @@ fn policy(object: usize, rules: usize) -> Value {
         })];
         elements.extend((1..rules).map(|index| {
             let number = object * 500 + index;
-            if number % 2 == 0 {
+            if number.is_multiple_of(2) {
                 json!({
                     cidr: [format!("10.{}.{}.0/24", number / 256, number % 256)],
                     "toPorts": [{"ports": [{"port": PORT.to_string(), "protocol": "TCP"}]}],

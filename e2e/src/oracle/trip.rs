@@ -186,9 +186,9 @@ impl Walk<'_> {
         let packet = self.trip.packet;
         match (packet.subject, packet.way) {
             (Party::Pod(pod), Way::Out) => self.out_of_pod(pod),
-            (Party::Pod(pod), Way::In) => self.into_pod(pod),
+            (Party::Pod(pod), Way::In) => self.at_pod(pod),
             (_, Way::Out) => self.out_of_host(),
-            (_, Way::In) => self.into_host(),
+            (_, Way::In) => self.at_host(),
         }
     }
 
@@ -336,7 +336,7 @@ impl Walk<'_> {
                 ingress_ifindex: self.node.uplink,
                 mark: 0,
             },
-            _ => self.from_tunnel(),
+            _ => self.off_tunnel(),
         };
         Ok(difference(self.reply_step(Hook::ToPod(index), &reply, seen)?))
     }
@@ -355,7 +355,7 @@ impl Walk<'_> {
     }
 
     /// From wherever the packet comes to the pod's veth.
-    fn into_pod(&self, pod: usize) -> Result<Option<Difference>> {
+    fn at_pod(&self, pod: usize) -> Result<Option<Difference>> {
         let packet = self.trip.packet;
         let (index, own) = (
             pod as u16 + 1,
@@ -438,7 +438,7 @@ impl Walk<'_> {
     }
 
     /// To a socket of the host; without ports, where it enters the node.
-    fn into_host(&self) -> Result<Option<Difference>> {
+    fn at_host(&self) -> Result<Option<Difference>> {
         let packet = self.trip.packet;
         let own = self.trip.own_address(self.cluster, Party::Node(0));
         let frame = self.frame(ELSEWHERE, packet.address, own, packet.port);
@@ -486,7 +486,7 @@ impl Walk<'_> {
         )?))
     }
 
-    fn from_tunnel(&self) -> Seen {
+    fn off_tunnel(&self) -> Seen {
         Seen {
             ingress_ifindex: self.node.tunnel,
             mark: self.node.decrypted(),
