@@ -3,7 +3,7 @@
 mod support;
 
 use support::{Mesh, Pod, eventually, run};
-use warren_agent_api::{AttachmentKey, Request, Response};
+use warren_agent_api::{Attachment, AttachmentKey, Request, Response};
 use warren_model::PodRef;
 use warren_wireguard::{DeviceChange, Userspace, WgDevice as _};
 
@@ -129,6 +129,9 @@ fn an_address_comes_back_while_its_old_pod_terminates() {
 fn a_pod_that_is_older_than_the_agent_is_adopted() {
     let mut mesh = Mesh::new(2);
     let first = mesh.nodes[0].wire_pod(10);
+    // keyd knows the pod, and so who it is: without that it would stay closed.
+    let Attachment { pod, addresses, .. } = &first.attachment;
+    mesh.keyd.add_pod("node1", pod, addresses);
     mesh.start();
     let second = mesh.nodes[1].add_pod(10);
     all_reach_all(&[&first, &second]);
