@@ -3,9 +3,10 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 
 /// The lab's own tool.
 pub const LAB_APP: &str = "warren-lab-app";
@@ -37,8 +38,16 @@ pub fn gather(into: &Path, names: &[&str]) -> Result<()> {
             );
         }
         if fs::hard_link(&from, &to).is_err() {
-            fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
+            copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
         }
     }
+    Ok(())
+}
+
+/// Copies a program in a process of its own. If this one wrote it, a child that another thread starts at that moment would
+/// inherit the open file, and for as long the program could not be executed ("text file busy").
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("cp").arg("--").args([from, to]).status()?;
+    ensure!(status.success(), "cp: {status}");
     Ok(())
 }
