@@ -46,6 +46,12 @@ pub struct Flow {
 
 /// How long new maps take up connections that are older than they are.
 const ADOPTION: Duration = Duration::from_secs(60);
+/// UDP's protocol number.
+const UDP: u8 = 17;
+/// The port of name servers.
+const DNS: u16 = 53;
+/// How long a question about a name is kept, in seconds: longer than its client waits.
+const NAMES: u32 = 10;
 /// Most flows of an endpoint until [`Datapath::set_flow_limit`].
 const DEFAULT_LIMIT: u32 = 16_384;
 
@@ -211,7 +217,7 @@ fn collect(
         let mut over = Vec::new();
         for (key, value) in keys.iter().zip(values) {
             // A flow may have been seen after `now`.
-            if now.saturating_sub(value.last_seen) > value.lifetime {
+            if now.saturating_sub(value.last_seen) > lifetime(&key.0, value) {
                 over.push(*key);
             } else if let Some(count) = counts.get_mut(usize::from(key.0.endpoint)) {
                 *count += 1;
@@ -223,6 +229,18 @@ fn collect(
         Ok(true)
     })?;
     Ok(left)
+}
+
+/// Seconds that a flow is kept without a packet. Names are asked with one packet and answered with one, each time from
+/// another port: as other flows, they would fill a name server's limit at a few hundred questions a second. RFC 4787
+/// (REQ-5) leaves shorter times to ports below 1024.
+fn lifetime(key: &FlowKey, value: &FlowValue) -> u32 {
+    let names = key.protocol == UDP && [key.local_port, key.remote_port].contains(&DNS.to_be_bytes());
+    if names {
+        value.lifetime.min(NAMES)
+    } else {
+        value.lifetime
+    }
 }
 
 fn seconds(time: Duration) -> u32 {
@@ -259,5 +277,28 @@ fn flow(key: &FlowKey, value: &FlowValue) -> Flow {
         created: Duration::from_secs(value.created.into()),
         last_seen: Duration::from_secs(value.last_seen.into()),
         lifetime: Duration::from_secs(value.lifetime.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn questions_about_names_are_kept_for_seconds() {
+        let value = FlowValue {
+            lifetime: 180,
+            ..FlowValue::default()
+        };
+        let key = |protocol, local: u16, remote: u16| FlowKey {
+            protocol,
+            local_port: local.to_be_bytes(),
+            remote_port: remote.to_be_bytes(),
+            ..FlowKey::default()
+        };
+        assert_eq!(lifetime(&key(UDP, 53, 40_000), &value), 10, "at the server");
+        assert_eq!(lifetime(&key(UDP, 40_000, 53), &value), 10, "at the client");
+        assert_eq!(lifetime(&key(UDP, 40_000, 5300), &value), 180);
+        assert_eq!(lifetime(&key(6, 40_000, 53), &value), 180, "TCP has an end");
     }
 }
