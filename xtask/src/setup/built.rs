@@ -113,7 +113,7 @@ pub(super) fn parts() -> Result<Vec<Part>> {
             "cyclonus",
             &[
                 ("cyclonus", "."),
-                ("cyclonus-worker", "github.com/mattfenwick/cyclonus/cmd/worker"),
+                ("cyclonus-worker", "./worker"),
             ],
         )?,
     ];
