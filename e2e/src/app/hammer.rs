@@ -30,7 +30,7 @@ pub struct HammerArgs {
     /// Whom; several addresses are hammered at once.
     #[arg(long, value_delimiter = ',', required = true)]
     pub to: Vec<SocketAddr>,
-    /// Datagrams per second and address.
+    /// Datagrams per second and address; not quite as many connections are tried.
     #[arg(long, default_value_t = 500)]
     pub rate: u32,
 }
@@ -69,7 +69,7 @@ pub fn hammer(args: &HammerArgs) -> Result<Vec<Hammered>> {
             .flat_map(|(to, counts)| {
                 [
                     scope.spawn(move || datagrams(*to, args.rate, counts, over)),
-                    scope.spawn(move || connections(*to, counts, over)),
+                    scope.spawn(move || connections(*to, args.rate, counts, over)),
                 ]
             })
             .collect();
@@ -122,7 +122,7 @@ fn datagrams(to: SocketAddr, rate: u32, counts: &Counts, over: &AtomicBool) -> R
     Ok(())
 }
 
-fn connections(to: SocketAddr, counts: &Counts, over: &AtomicBool) -> Result<()> {
+fn connections(to: SocketAddr, rate: u32, counts: &Counts, over: &AtomicBool) -> Result<()> {
     let mut from = 0;
     while !over.load(Ordering::Relaxed) {
         counts.connections.fetch_add(1, Ordering::Relaxed);
@@ -130,10 +130,11 @@ fn connections(to: SocketAddr, counts: &Counts, over: &AtomicBool) -> Result<()>
             Ok(true) => {
                 counts.connections_accepted.fetch_add(1, Ordering::Relaxed);
             }
-            Ok(false) => thread::sleep(Duration::from_millis(1)),
-            // The port is still in use by an attempt before: another one will do.
+            Ok(false) => {}
+            // Nobody lives there, or the port is still in use by an attempt before: another one will do.
             Err(_) => from = 0,
         }
+        thread::sleep(Duration::from_secs(1) / rate.max(1));
     }
     Ok(())
 }
