@@ -4,7 +4,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 use warren_agent_api::EventStatus;
 use warren_e2e::{
     app::{ask::Protocol, flood::Flooded, probe::Target},
@@ -416,39 +416,5 @@ fn a_pod_that_floods_hurts_nobody_but_itself() -> Result<()> {
         sessions.iter_mut().try_for_each(Session::wait_progress)?;
         all_as_expected(&ask_pod(&client.place(), &server, true))?;
         all_as_expected(&ask_pod(&flooder.place(), &server, false))
-    })
-}
-
-/// More prefixes than the maps hold.
-fn too_many_prefixes() -> Value {
-    let prefixes = (0u32..70_000).map(|n| {
-        let [_, b, c, d] = (n * 2).to_be_bytes();
-        format!("100.{}.{c}.{d}/32", 64 + b)
-    });
-    json!({"endpointSelector": app("greedy"), "egress": [{"toCIDR": prefixes.collect::<Vec<_>>()}]})
-}
-
-#[test]
-fn a_policy_that_does_not_fit_leaves_its_pods_closed_and_the_others_alone() -> Result<()> {
-    Lab::run(two_nodes(true), |lab| {
-        let greedy = lab.add_pod(PodSpec::new("greedy", 1))?;
-        let client = lab.add_pod(PodSpec::new("client", 1))?;
-        let server = lab.add_pod(PodSpec::new("server", 2))?;
-        lab.apply(&[allow("default", "client", "server", 8080)])?;
-        let mut session = Session::start(&client, Protocol::Tcp, at(server.address(false)?, 8080))?;
-        lab.manifests()
-            .apply(&cnp("default", "greedy", too_many_prefixes()))?;
-        let mut checks = ask_pod(&client.place(), &server, true);
-        checks.extend(ask_pod(&greedy.place(), &server, false));
-        wait_until(PATIENCE, "the greedy pod is closed", || all_as_expected(&checks))?;
-        wait_until(PATIENCE, "the agent says what does not fit", || {
-            let status = lab.node(1).agent_status()?;
-            ensure!(
-                !status.failing.is_empty() || !status.problems.is_empty(),
-                "{status:?}"
-            );
-            Ok(())
-        })?;
-        session.wait_progress()
     })
 }

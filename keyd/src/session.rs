@@ -156,7 +156,8 @@ impl Session {
             return End::Refused(Status::unavailable("keyd is changing its leader: try again"));
         }
         // The reader keeps only a weak sender: when the publisher drops its end, the writer drains and ends.
-        let queue = queue.downgrade();
+        let weak = queue.downgrade();
+        drop(queue);
         let writer = tokio::spawn(write(queued, self.out.clone()));
         let mut reader = Reader {
             service: &self.service,
@@ -164,7 +165,7 @@ impl Session {
             session,
             caller,
             hub,
-            queue,
+            queue: weak,
             challenges: HashMap::new(),
         };
         let end = reader.read(inbound, closed).await;
