@@ -111,10 +111,7 @@ pub(super) fn parts() -> Result<Vec<Part>> {
             "cyclonus",
             "generates network policies and probes what they do",
             "cyclonus",
-            &[
-                ("cyclonus", "."),
-                ("cyclonus-worker", "./worker"),
-            ],
+            &[("cyclonus", "."), ("cyclonus-worker", "./worker")],
         )?,
     ];
     for (name, package) in [
