@@ -66,6 +66,41 @@ pub(crate) fn keyd_leader_killed(scene: &mut Scene) -> Result<()> {
     nothing_lost(flows)
 }
 
+/// A leader that was only slow lives on without the lease: its agents must not stay with it.
+pub(crate) fn keyd_leader_demoted(scene: &mut Scene) -> Result<()> {
+    let flows = scene.start_flows()?;
+    let (leader, before) = leader(&scene.cluster)?;
+    let list = ["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"];
+    let pods = scene.cluster.get(list)?;
+    let names = pods["items"].as_array().into_iter().flatten();
+    let other = names
+        .filter_map(|pod| pod["metadata"]["name"].as_str())
+        .find(|name| *name != leader)
+        .context("there is only one keyd")?;
+    let patch = serde_json::json!({"spec": {"holderIdentity": other}}).to_string();
+    let lease = [
+        "-n",
+        "kube-system",
+        "patch",
+        "lease",
+        "warren-keyd",
+        "--type=merge",
+        "-p",
+    ];
+    scene.cluster.kubectl(lease.into_iter().chain([patch.as_str()]))?;
+    wait_until(PATIENCE, "the other keyd leads, in a later epoch", || {
+        let (now, epoch) = self::leader(&scene.cluster)?;
+        ensure!(now == other && epoch > before, "{now} in epoch {epoch}");
+        Ok(())
+    })?;
+    for node in ["node1", "node2", "node3"] {
+        let late = scene.add_pod(&format!("after-lease-{node}"), node)?;
+        answers(&scene.pods[0], &late)?;
+        scene.remove_pod(&late)?;
+    }
+    nothing_lost(flows)
+}
+
 /// The leading keyd's pod and its epoch, by its own word.
 fn leader(cluster: &Cluster) -> Result<(String, u64)> {
     let list = cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;

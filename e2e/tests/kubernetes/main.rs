@@ -47,6 +47,10 @@ const SCENARIOS: &[Scenario] = &[
     ("deleting_an_agent_pod_loses_nothing", failures::agent_pod_deleted),
     ("another_keyd_takes_over", failures::keyd_leader_killed),
     (
+        "a_keyd_without_its_lease_lets_its_agents_go",
+        failures::keyd_leader_demoted,
+    ),
+    (
         "nothing_is_lost_without_keyd_and_api_server",
         failures::control_plane_gone,
     ),
