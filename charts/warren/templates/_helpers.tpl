@@ -60,5 +60,9 @@ nodePorts: {{ toJson .Values.nodePorts }}
 hostReachesPods: {{ .Values.policy.hostReachesPods }}
 policyAudit: {{ .Values.policy.audit }}
 podsMayAudit: {{ .Values.policy.podsMayAudit }}
+{{- if .Values.policy.ignoredLabels }}
+ignoredLabels: {{ toJson .Values.policy.ignoredLabels }}
+{{- end }}
+identitiesPerNamespace: {{ int .Values.policy.identitiesPerNamespace }}
 snapshotExpirySeconds: {{ int64 .Values.keyd.snapshotExpiry }}
 {{- end }}
