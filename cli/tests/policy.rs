@@ -155,6 +155,8 @@ fn records() -> Vec<Record> {
             addresses: vec![[192, 0, 2, last].into()],
             prefixes: Vec::new(),
             slots: Vec::new(),
+            active: 0,
+            last: 0,
             datapath: Some(Datapath::Userspace),
         })
     };

@@ -36,11 +36,7 @@ use warren_model::{Datapath, NodeRecord, PublicKey, SlotKey};
         json_path = ".spec.prefixes",
         priority = 1
     ),
-    printcolumn(
-        name = "Generation",
-        type_ = "integer",
-        json_path = ".spec.slots[*].generation"
-    ),
+    printcolumn(name = "Generation", type_ = "integer", json_path = ".spec.active"),
     printcolumn(
         name = "Retired",
         type_ = "boolean",
@@ -78,9 +74,15 @@ pub struct MeshNodeSpec {
     pub prefixes: Vec<String>,
     /// WireGuard devices of the node with their proved keys.
     #[serde(default)]
-    #[schemars(length(max = 3))]
+    #[schemars(length(max = 4))]
     #[x_kube(validation = ("self.all(a, self.exists_one(b, a.slot == b.slot))", "a slot is listed once"))]
     pub slots: Vec<SlotSpec>,
+    /// The key generation that others send with; 0 before the first key. Never goes back.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub active: u64,
+    /// The highest key generation ever accepted. Never goes back.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub last: u64,
     /// What moves the node's packets: `kernel` or `userspace`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = ("self in ['kernel', 'userspace']", "datapath is kernel or userspace"))]
@@ -101,8 +103,8 @@ pub struct MeshNodeSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SlotSpec {
-    /// 0 to 2.
-    #[schemars(range(max = 2))]
+    /// 0 to 3: a key fills both slots of its generation's half.
+    #[schemars(range(max = 3))]
     pub slot: u8,
     /// UDP port.
     #[schemars(range(min = 1))]
@@ -198,6 +200,8 @@ impl MeshNodeSpec {
             addresses: text(&record.addresses),
             prefixes: record.prefixes.iter().map(ToString::to_string).collect(),
             slots: record.slots.iter().map(SlotSpec::of).collect(),
+            active: record.active,
+            last: record.last,
             datapath: record.datapath.map(|datapath| datapath.to_string()),
             ..Self::default()
         }
@@ -215,6 +219,8 @@ impl MeshNodeSpec {
             addresses: parse_all("address", &self.addresses)?,
             prefixes: parse_all("prefix", &self.prefixes)?,
             slots: self.slots.iter().map(SlotSpec::key).collect::<Result<_, _>>()?,
+            active: self.active,
+            last: self.last,
             datapath: self.datapath.as_deref().map(datapath).transpose()?,
         }))
     }
@@ -245,6 +251,10 @@ impl SlotSpec {
             public_key: parse("public key", &self.public_key)?,
         })
     }
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 fn parse<T: std::str::FromStr>(field: &'static str, value: &str) -> Result<T, SpecError> {
@@ -286,6 +296,8 @@ mod tests {
                 generation: 2,
                 public_key: PublicKey::from_bytes([9; 32]).unwrap(),
             }],
+            active: 2,
+            last: 3,
             datapath: Some(Datapath::Kernel),
         }
     }
@@ -313,11 +325,22 @@ mod tests {
         };
         assert_eq!(signed_bytes("node1", &spec), signed_bytes("node1", &signed));
         assert_ne!(signed_bytes("node1", &spec), signed_bytes("node2", &spec));
-        let moved = MeshNodeSpec {
-            order: 5,
-            ..spec.clone()
-        };
-        assert_ne!(signed_bytes("node1", &spec), signed_bytes("node1", &moved));
+        for moved in [
+            MeshNodeSpec {
+                order: 5,
+                ..spec.clone()
+            },
+            MeshNodeSpec {
+                active: 3,
+                ..spec.clone()
+            },
+            MeshNodeSpec {
+                last: 2,
+                ..spec.clone()
+            },
+        ] {
+            assert_ne!(signed_bytes("node1", &spec), signed_bytes("node1", &moved));
+        }
     }
 
     #[test]

@@ -305,6 +305,8 @@ impl Reader<'_> {
                 ))
                 .await
             }
+            // Not used before the machine of rotations is.
+            Said::Held(_) | Said::Paths(_) => None,
             Said::Answer(answer) => {
                 self.tell(Command::Answer(session, answer.id, response(answer)))
                     .await

@@ -76,6 +76,8 @@ mod tests {
             addresses: vec![],
             prefixes: vec![],
             slots: vec![],
+            active: 0,
+            last: 0,
             datapath: None,
         };
         let workload = WorkloadRecord {

@@ -4,6 +4,8 @@
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::keys::KEY_SLOTS;
+
 /// Where the directory learns which pod prefixes live on a node.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PrefixSource {
@@ -52,7 +54,7 @@ pub struct ClusterConfig {
     /// Which datapath agents use.
     #[serde(default)]
     pub datapath: DatapathChoice,
-    /// The first of three UDP ports, one per slot.
+    /// The first of four UDP ports, one per slot.
     #[serde(default = "default_port")]
     pub wireguard_port: u16,
     /// TCP port of `keyd` for agents.
@@ -187,8 +189,8 @@ impl ClusterConfig {
                 "ignoredLabels has {bad:?}: write a label's key, or its beginning and one `*`"
             ));
         }
-        if self.wireguard_port > u16::MAX - 2 {
-            return Err("wireguardPort leaves no room for the three slots".into());
+        if self.wireguard_port > u16::MAX - u16::from(KEY_SLOTS - 1) {
+            return Err("wireguardPort leaves no room for the four slots".into());
         }
         Ok(())
     }

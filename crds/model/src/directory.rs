@@ -275,6 +275,8 @@ mod tests {
                 generation: 1,
                 public_key: PublicKey::from_bytes([n + 2; 32]).unwrap(),
             }],
+            active: 1,
+            last: 1,
             datapath: Some(Datapath::Userspace),
         }
     }

@@ -5,7 +5,10 @@ use std::{fmt, net::IpAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::key::PublicKey;
+use crate::{
+    key::PublicKey,
+    keys::{KEY_SLOTS, NodeKeys},
+};
 
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident) => {
@@ -69,8 +72,8 @@ impl fmt::Display for Datapath {
     }
 }
 
-/// The number of device slots of a node (`warren0..2`).
-pub const SLOTS: u8 = 3;
+/// The number of device slots of a node (`warren0..3`).
+pub const SLOTS: u8 = KEY_SLOTS;
 
 /// One WireGuard device of a node: its place, port and key.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -80,9 +83,9 @@ pub struct SlotKey {
     pub slot: u8,
     /// UDP port of the device.
     pub port: u16,
-    /// Grows by one with every new key of the node, over all slots. Starts at 1.
+    /// Of the key; grows with every new key of the node. Starts at 1.
     pub generation: u64,
-    /// The device's public key.
+    /// The device's public key. A key fills both slots of its generation's half ([`crate::keys`]).
     pub public_key: PublicKey,
 }
 
@@ -102,6 +105,22 @@ pub struct NodeRecord {
     pub prefixes: Vec<IpNet>,
     /// Devices, sorted by slot. Empty until the node has proved a key.
     pub slots: Vec<SlotKey>,
+    /// The key generation that is sent with; 0 before the first key. Never goes back.
+    pub active: u64,
+    /// The highest key generation ever accepted. Never goes back.
+    pub last: u64,
     /// What moves its packets; `None` until its agent has said so.
     pub datapath: Option<Datapath>,
+}
+
+impl NodeRecord {
+    /// The keys alone.
+    pub fn keys(&self) -> NodeKeys {
+        NodeKeys {
+            uid: self.uid.clone(),
+            slots: self.slots.clone(),
+            active: self.active,
+            last: self.last,
+        }
+    }
 }

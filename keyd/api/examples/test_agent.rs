@@ -152,6 +152,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
                 return Err(format!("redirect to {}", redirect.addresses.join(",")).into());
             }
             Heard::Goodbye(goodbye) => return Err(goodbye.reason.into()),
+            Heard::AskKey(ask) => print("ask-key", &ask.generation.to_string()),
             Heard::Question(question) => print("question", &question.request_json),
             Heard::Update(update) => {
                 if directory.apply(update)?.is_none() {

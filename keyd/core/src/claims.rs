@@ -139,6 +139,8 @@ mod tests {
             addresses: vec![address.parse().unwrap()],
             prefixes: vec![prefix.parse().unwrap()],
             slots: vec![],
+            active: 0,
+            last: 0,
             datapath: None,
         }
     }

@@ -305,6 +305,12 @@ impl Nodes {
             PrefixSource::PodCidr => present.source.pod_cidrs.clone(),
             PrefixSource::PodIp => vec![],
         };
+        let newest = present
+            .slots
+            .values()
+            .map(|slot| slot.generation)
+            .max()
+            .unwrap_or(0);
         NodeRecord {
             name: name.clone(),
             uid: present.uid.clone(),
@@ -312,6 +318,8 @@ impl Nodes {
             addresses: present.source.addresses.clone(),
             prefixes,
             slots: present.slots.values().cloned().collect(),
+            active: newest,
+            last: newest,
             datapath: present.datapath,
         }
     }

@@ -79,6 +79,8 @@ mod tests {
             addresses: vec![],
             prefixes: vec!["10.1.0.0/24".parse().unwrap()],
             slots: vec![],
+            active: 0,
+            last: 0,
             datapath: None,
         };
         let key = warren_model::PublicKey::from_bytes([7; 32]).unwrap();

@@ -223,6 +223,8 @@ impl Client {
                 }
             }
             Hear::Question(question) => self.question(session, question),
+            // The key of the first generation is offered unasked.
+            Hear::AskKey(_) => {}
             Hear::Redirect(redirect) => {
                 super::trust::remember_addresses(&self.state, &redirect.addresses);
                 return Ok(Some(End::Redirect(redirect.addresses)));

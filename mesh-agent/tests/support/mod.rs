@@ -236,6 +236,8 @@ impl Node {
                 generation: 1,
                 public_key: proof::public_key(&self.key),
             }],
+            active: 1,
+            last: 1,
             datapath: Some(Datapath::Userspace),
         }
     }

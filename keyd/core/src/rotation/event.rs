@@ -2,11 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::{NodeName, PublicKey};
+use warren_model::{NodeKeys, NodeName, PublicKey, keys::PairReport};
 
 use super::{
-    keys::NodeKeys,
-    readiness::PairReport,
     spec::RotationSpec,
     status::{Counts, Progress},
 };

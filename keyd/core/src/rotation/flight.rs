@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::{NodeName, PublicKey};
+use warren_model::{NodeKeys, NodeName, PublicKey, keys::PathState};
 
 use super::{
-    keys::NodeKeys,
     readiness::{self, Reports},
     spec::{Pace, Stragglers},
 };
@@ -308,11 +307,11 @@ impl View<'_> {
             .map(|(peer, _)| peer.clone())
     }
 
-    fn own_report(&self, peer: &NodeName, other: &Member) -> Option<&[readiness::PathState]> {
+    fn own_report(&self, peer: &NodeName, other: &Member) -> Option<&[PathState]> {
         self.member.reports.of(peer, &other.keys.uid)
     }
 
-    fn report_of<'a>(&self, other: &'a Member) -> Option<&'a [readiness::PathState]> {
+    fn report_of<'a>(&self, other: &'a Member) -> Option<&'a [PathState]> {
         other.reports.of(self.name, &self.member.keys.uid)
     }
 

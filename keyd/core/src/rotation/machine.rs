@@ -2,12 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::{NodeName, PublicKey, SlotKey};
+use warren_model::{NodeKeys, NodeName, PublicKey, SlotKey};
 
 use super::{
     event::{Event, Output},
     flight::{Flight, Member, Members, Phase, Step, View, Wish, obstacle},
-    keys::NodeKeys,
     readiness::Reports,
     run::{Rotation, jitter},
     spec::{RotationSpec, Stragglers},

@@ -90,7 +90,6 @@
 
 mod event;
 mod flight;
-mod keys;
 mod machine;
 mod readiness;
 mod run;
@@ -102,9 +101,8 @@ mod tests;
 
 pub use event::{Event, Output};
 pub use flight::Phase;
-pub use keys::{KEY_SLOTS, NodeKeys, half, slots_of};
 pub use machine::Machine;
-pub use readiness::{PairReport, PathState};
 pub use schedule::due;
 pub use spec::{Concurrency, Pace, RotationSpec, Selection, Stragglers};
 pub use status::{Counts, Outcome, Planned, Progress, RotationPhase};
+pub use warren_model::keys::{KEY_SLOTS, NodeKeys, PairReport, PathState, half, slot_of, slots_of};

@@ -2,33 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::{NodeName, NodeUid};
-
-/// A path of a pair as one end sees it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PathState {
-    /// Generation of the reporting node's key.
-    pub own: u64,
-    /// Generation of the peer's key.
-    pub peer: u64,
-    /// Everything is in place to receive, and the last handshake is fresh.
-    pub verified: bool,
-    /// Packets to the peer take this path.
-    pub sending: bool,
-    /// Nothing has arrived on it for a while.
-    pub quiet: bool,
-}
-
-/// All paths to one peer; replaces what was reported of that peer before.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PairReport {
-    /// The peer.
-    pub peer: NodeName,
-    /// Its UID, as the reporting agent knows it.
-    pub uid: NodeUid,
-    /// The paths.
-    pub paths: Vec<PathState>,
-}
+use warren_model::{
+    NodeName, NodeUid,
+    keys::{PairReport, PathState},
+};
 
 /// After so long without a handshake no session can be alive (WireGuard's reject-after time), milliseconds.
 const SESSIONS_END_MS: u64 = 180_000;

@@ -3,57 +3,11 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use ipnet::IpNet;
-use warren_model::{NodeUid, PublicKey, SlotKey};
+pub use warren_model::keys::{KEY_SLOTS, NodeKeys, half, slot_of};
+use warren_model::{PublicKey, SlotKey};
 
 use super::keyring::Keyring;
 use crate::state::{NodePath, State};
-
-/// Slots of a node: two for each of two generations.
-pub const KEY_SLOTS: u8 = 4;
-
-/// The half of the slots that a generation (from 1) has: 0 or 1.
-pub fn half(generation: u64) -> u8 {
-    u8::from(generation.is_multiple_of(2))
-}
-
-/// The slot of a node's own for a pair, by the generations of its own key and of the peer's.
-pub fn slot_of(own: u64, peer: u64) -> u8 {
-    2 * half(own) + half(peer)
-}
-
-/// The keys of a node as the directory has them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NodeKeys {
-    /// UID of the node.
-    pub uid: NodeUid,
-    /// Keys in their slots, sorted by slot.
-    pub slots: Vec<SlotKey>,
-    /// The generation to send with; 0 before the first key.
-    pub active: u64,
-    /// The highest generation ever accepted.
-    pub last: u64,
-}
-
-impl NodeKeys {
-    /// Whether a generation is published.
-    pub fn lists(&self, generation: u64) -> bool {
-        self.slots.iter().any(|slot| slot.generation == generation)
-    }
-
-    /// The key of a published generation.
-    pub fn key(&self, generation: u64) -> Option<PublicKey> {
-        self.slots
-            .iter()
-            .find(|slot| slot.generation == generation)
-            .map(|slot| slot.public_key)
-    }
-
-    fn at(&self, slot: u8, generation: u64) -> Option<&SlotKey> {
-        self.slots
-            .iter()
-            .find(|key| key.slot == slot && key.generation == generation)
-    }
-}
 
 /// Whether `offered` may take the place of `known`: `active` and `last` of an incarnation never go back, so a record
 /// that would set them back comes from a leader that has not seen the newest.

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+pub use warren_model::keys::{PairReport, PathState as PathReport};
 use warren_model::{NodeName, NodeUid};
 
 use super::path::{KEY_SLOTS, NodeKeys, Path, is_draining};
@@ -17,32 +18,6 @@ pub struct Seen {
     pub verified: bool,
     /// Bytes received from the peer on this device.
     pub received: u64,
-}
-
-/// A path as it is reported.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PathReport {
-    /// Generation of this node's key.
-    pub own: u64,
-    /// Generation of the peer's key.
-    pub peer: u64,
-    /// In place, with a fresh handshake.
-    pub verified: bool,
-    /// Packets to the peer take this path.
-    pub sending: bool,
-    /// On its way out, and nothing has arrived for [`QUIET`].
-    pub quiet: bool,
-}
-
-/// All paths to one peer. Without paths: the peer is gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PairReport {
-    /// The peer.
-    pub peer: NodeName,
-    /// Its UID.
-    pub uid: NodeUid,
-    /// Its paths.
-    pub paths: Vec<PathReport>,
 }
 
 #[derive(Debug)]
@@ -121,6 +96,12 @@ impl Reporter {
             uid: told.uid,
             paths: vec![],
         })
+    }
+
+    /// Forgets all peers that are not `present`.
+    pub fn left(&mut self, present: impl Fn(&NodeName) -> bool) -> Vec<PairReport> {
+        let gone: Vec<_> = self.told.keys().filter(|name| !present(name)).cloned().collect();
+        gone.iter().filter_map(|name| self.gone(name)).collect()
     }
 
     /// Whether a path waits to become quiet: look again before long.

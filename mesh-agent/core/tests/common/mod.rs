@@ -70,6 +70,8 @@ pub(crate) fn node(n: u8) -> NodeRecord {
             generation: 1,
             public_key: key(n),
         }],
+        active: 1,
+        last: 1,
         datapath: Some(Datapath::Userspace),
     }
 }

@@ -1,8 +1,15 @@
-//! The keys of a node, as they are durable.
+//! The keys of a node, and which slot belongs to which of them.
+//!
+//! A device has one private key, and a prefix belongs to one peer of a device. So each pair of generations of two nodes
+//! has devices of its own, and which ones follows from the two generations alone: a node's slot is
+//! `2 * half(own generation) + half(peer's generation)`. Why it is so: `rotation` in keyd's core.
 
 use std::collections::BTreeSet;
 
-use warren_model::{NodeUid, PublicKey, SlotKey};
+use crate::{
+    key::PublicKey,
+    node::{NodeName, NodeUid, SlotKey},
+};
 
 /// Slots of a node: two for each of two generations.
 pub const KEY_SLOTS: u8 = 4;
@@ -10,6 +17,11 @@ pub const KEY_SLOTS: u8 = 4;
 /// The half of the slots that a generation (from 1) has: 0 or 1.
 pub fn half(generation: u64) -> u8 {
     u8::from(generation.is_multiple_of(2))
+}
+
+/// The slot of a node's own for a pair, by the generations of its own key and of the peer's.
+pub fn slot_of(own: u64, peer: u64) -> u8 {
+    2 * half(own) + half(peer)
 }
 
 /// The two slots that a generation fills.
@@ -74,6 +86,13 @@ impl NodeKeys {
             .iter()
             .find(|slot| slot.generation == generation)
             .map(|slot| slot.public_key)
+    }
+
+    /// The key of a generation in one slot.
+    pub fn at(&self, slot: u8, generation: u64) -> Option<&SlotKey> {
+        self.slots
+            .iter()
+            .find(|key| key.slot == slot && key.generation == generation)
     }
 
     /// The generation of the next key: above all that were, in the half that the active one does not have.
@@ -149,4 +168,30 @@ impl NodeKeys {
         keys.slots.retain(|slot| slot.generation == self.active);
         keys
     }
+}
+
+/// A path of a pair as one end sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathState {
+    /// Generation of the reporting node's key.
+    pub own: u64,
+    /// Generation of the peer's key.
+    pub peer: u64,
+    /// Everything is in place to receive, and the last handshake is fresh.
+    pub verified: bool,
+    /// Packets to the peer take this path: what the path map says, not what is wanted.
+    pub sending: bool,
+    /// On its way out, and nothing has arrived on it for a while.
+    pub quiet: bool,
+}
+
+/// All paths to one peer; replaces what was reported of that peer before. Without paths: the peer is gone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PairReport {
+    /// The peer.
+    pub peer: NodeName,
+    /// Its UID, as the reporting agent knows it.
+    pub uid: NodeUid,
+    /// The paths.
+    pub paths: Vec<PathState>,
 }
