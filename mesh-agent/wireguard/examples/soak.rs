@@ -82,6 +82,7 @@ fn main() -> ExitCode {
             run_dir,
             devices,
             implementation,
+            linger: false,
         })
         .map(|()| true)
         .map_err(anyhow::Error::from),

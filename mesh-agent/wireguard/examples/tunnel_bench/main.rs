@@ -101,6 +101,7 @@ fn main() -> ExitCode {
             run_dir,
             devices,
             implementation,
+            linger: false,
         })
         .map_err(anyhow::Error::from),
         None => bench(&arguments),

@@ -119,19 +119,7 @@ fn set_key(state: &mut State, private: Option<PrivateKey>, implementation: Imple
     if state.key.as_ref().map(|key| &key.private) == private.as_ref() {
         return Vec::new();
     }
-    state.key = private.map(|private| {
-        let secret = x25519_dalek::StaticSecret::from(*private.expose());
-        let public = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes()).ok();
-        let identity: Arc<dyn Identity> = match implementation {
-            Implementation::Warren => Arc::new(OwnIdentity::new(&private)),
-            Implementation::Boringtun => Arc::new(TunnIdentity::new(&private)),
-        };
-        Key {
-            private,
-            public,
-            identity,
-        }
-    });
+    state.key = private.map(|private| Key::new(private, implementation));
     // A device is no peer of itself.
     if let Some(own) = state.key.as_ref().and_then(|key| key.public) {
         remove(state, &own);
@@ -140,6 +128,22 @@ fn set_key(state: &mut State, private: Option<PrivateKey>, implementation: Imple
         peer.set_identity(state.identity());
     }
     state.peers.values().cloned().collect()
+}
+
+impl Key {
+    pub(super) fn new(private: PrivateKey, implementation: Implementation) -> Self {
+        let secret = x25519_dalek::StaticSecret::from(*private.expose());
+        let public = PublicKey::from_bytes(x25519_dalek::PublicKey::from(&secret).to_bytes()).ok();
+        let identity: Arc<dyn Identity> = match implementation {
+            Implementation::Warren => Arc::new(OwnIdentity::new(&private)),
+            Implementation::Boringtun => Arc::new(TunnIdentity::new(&private)),
+        };
+        Self {
+            private,
+            public,
+            identity,
+        }
+    }
 }
 
 /// Applies one peer's part. The peer, and whether its handshake should begin anew.

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read as _, Write as _},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     os::unix::{
         fs::PermissionsExt as _,
         net::{UnixListener, UnixStream},
@@ -16,11 +16,18 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use zeroize::Zeroizing;
 
-use super::{configure, device::Device, readers::Reader};
+use super::{
+    configure,
+    device::Device,
+    readers::{Reader, Stop},
+};
 use crate::uapi::{self, Request};
 
 /// Bytes of the largest request that is read: 60,000 peers.
 const REQUEST_LIMIT: u64 = 16 * 1024 * 1024;
+
+/// What a successor begins with.
+pub(super) const HANDOVER: &str = "handover ";
 
 /// How long a client may stay silent.
 const IDLE: Duration = Duration::from_secs(30);
@@ -28,7 +35,11 @@ const IDLE: Duration = Duration::from_secs(30);
 /// A socket that is served until this is dropped; then its file is removed.
 pub(super) struct Served {
     path: PathBuf,
+    listener: Arc<UnixListener>,
+    serve: Arc<Serve>,
     reader: Option<Reader>,
+    /// A successor serves the socket.
+    given_up: bool,
 }
 
 impl Served {
@@ -37,20 +48,58 @@ impl Served {
         path: &Path,
         serve: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static,
     ) -> io::Result<Self> {
-        let listener = listen(path)?;
-        let serve = Arc::new(serve);
-        let reader = Reader::start("control", move |stop| accept(&listener, &stop, &serve))?;
-        Ok(Self {
+        Self::adopt(path, listen(path)?, serve)
+    }
+
+    /// Serves a socket that listens already.
+    pub(super) fn adopt(
+        path: &Path,
+        listener: UnixListener,
+        serve: impl Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        let mut served = Self {
             path: path.into(),
-            reader: Some(reader),
-        })
+            listener: Arc::new(listener),
+            serve: Arc::new(serve),
+            reader: None,
+            given_up: false,
+        };
+        served.resume()?;
+        Ok(served)
+    }
+
+    /// Takes no more connections: who connects waits.
+    pub(super) fn pause(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.stop();
+        }
+    }
+
+    /// Takes connections again.
+    pub(super) fn resume(&mut self) -> io::Result<()> {
+        let (listener, serve) = (Arc::clone(&self.listener), Arc::clone(&self.serve));
+        let reader = Reader::start("control", move |stop| accept(&listener, &stop, &serve))?;
+        self.reader = Some(reader);
+        Ok(())
+    }
+
+    /// The socket, for a successor.
+    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.listener.as_fd().try_clone_to_owned()
+    }
+
+    /// Leaves the socket and its file to a successor.
+    pub(super) fn give_up(mut self) {
+        self.given_up = true;
     }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
         // First the file, so that nobody connects to what nobody serves.
-        let _ = fs::remove_file(&self.path);
+        if !self.given_up {
+            let _ = fs::remove_file(&self.path);
+        }
         if let Some(reader) = self.reader.take() {
             reader.stop();
         }
@@ -77,10 +126,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 
 type Serve = dyn Fn(UnixStream) -> io::Result<()> + Send + Sync;
 
-fn accept<F>(listener: &UnixListener, stop: &UnixStream, serve: &Arc<F>)
-where
-    F: Fn(UnixStream) -> io::Result<()> + Send + Sync + 'static,
-{
+fn accept(listener: &UnixListener, stop: &Stop, serve: &Arc<Serve>) {
     loop {
         let mut fds = [
             PollFd::new(listener.as_fd(), PollFlags::POLLIN),
@@ -93,7 +139,7 @@ where
         let Ok((stream, _)) = listener.accept() else {
             continue;
         };
-        let serve: Arc<Serve> = Arc::clone(serve) as Arc<Serve>;
+        let serve = Arc::clone(serve);
         let spawned = std::thread::Builder::new()
             .name("connection".into())
             .spawn(move || {
@@ -122,24 +168,31 @@ pub(super) fn serve_device(device: &Weak<Device>, stream: UnixStream) -> io::Res
         let Some(device) = device.upgrade() else {
             return Ok(());
         };
-        writer.write_all(answer(&device, &request).as_bytes())?;
+        match answer(&device, &request) {
+            Some(answer) => writer.write_all(answer.as_bytes())?,
+            // Let go of, perhaps to a successor: whoever asks again finds out.
+            None => return Ok(()),
+        }
     }
     Ok(())
 }
 
-fn answer(device: &Arc<Device>, request: &str) -> Zeroizing<String> {
+/// `None` where the device was let go of meanwhile.
+fn answer(device: &Arc<Device>, request: &str) -> Option<Zeroizing<String>> {
     let refused = |error: &dyn std::fmt::Display, errno| {
         tracing::warn!(device = device.name, %error, "a configuration request was refused; nothing was changed");
         finish(Zeroizing::default(), errno)
     };
-    match uapi::parse_request(request) {
+    let answer = match uapi::parse_request(request) {
         Ok(Request::Get) => finish(uapi::format_view(&configure::view(device)), 0),
         Ok(Request::Set(request)) => match configure::set(device, *request) {
             Ok(()) => finish(Zeroizing::default(), 0),
+            Err(_) if device.is_closed() => return None,
             Err(error) => refused(&error, error.raw_os_error().unwrap_or(libc::EIO)),
         },
         Err(error) => refused(&error, libc::EINVAL),
-    }
+    };
+    (!device.is_closed()).then_some(answer)
 }
 
 fn finish(mut text: Zeroizing<String>, errno: i32) -> Zeroizing<String> {
@@ -184,12 +237,20 @@ fn reserve(text: &mut Zeroizing<String>) {
     }
 }
 
-/// Serves the engine's own requests: a line each, answered by `answer` with a JSON object.
-pub(super) fn serve_engine(stream: UnixStream, answer: impl Fn(&str) -> serde_json::Value) -> io::Result<()> {
+/// Serves the engine's own requests: a line each, answered by `answer` with a JSON object. `handover` takes the
+/// connection of a successor, which says nothing more before it is answered, with what follows the word.
+pub(super) fn serve_engine(
+    stream: UnixStream,
+    answer: impl Fn(&str) -> serde_json::Value,
+    handover: impl FnOnce(&UnixStream, &str) -> io::Result<()>,
+) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
-    let mut reader = BufReader::new(stream).take(REQUEST_LIMIT);
+    let mut reader = BufReader::new(stream.try_clone()?).take(REQUEST_LIMIT);
     let mut line = String::new();
     while reader.read_line(&mut line)? > 0 {
+        if let Some(request) = line.strip_prefix(HANDOVER) {
+            return handover(&stream, request.trim());
+        }
         let mut text = answer(line.trim()).to_string();
         text.push('\n');
         writer.write_all(text.as_bytes())?;

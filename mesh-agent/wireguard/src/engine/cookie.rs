@@ -10,7 +10,10 @@ use std::{
 use chacha20poly1305::{AeadInPlace as _, KeyInit as _, XChaCha20Poly1305};
 use zeroize::Zeroizing;
 
-use super::noise;
+use super::{
+    image::{Damaged, Reader, Writer},
+    noise,
+};
 
 /// Bytes of a cookie reply.
 pub(super) const COOKIE_REPLY: usize = 64;
@@ -226,6 +229,23 @@ impl Authenticator {
             last: None,
             cookie: None,
         }
+    }
+
+    /// Writes the cookie, and what one is expected for, for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        out.option(self.last.as_ref(), |out, last| out.raw(last));
+        out.option(self.cookie.as_ref(), |out, (cookie, at)| {
+            out.raw(cookie);
+            out.moment(*at);
+        });
+    }
+
+    /// What [`Self::write`] wrote.
+    pub(super) fn read(peer: &[u8; 32], from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        let mut authenticator = Self::new(peer);
+        authenticator.last = from.option(Reader::array)?;
+        authenticator.cookie = from.option(|from| Ok((from.array()?, from.moment()?)))?;
+        Ok(authenticator)
     }
 
     /// Completes a handshake message.

@@ -54,6 +54,9 @@ pub(super) struct State {
     pub(super) owners: Table<Arc<Peer>>,
 }
 
+#[path = "device_image.rs"]
+mod image;
+
 /// The device's private key and what works with it.
 pub(super) struct Key {
     pub(super) private: PrivateKey,
@@ -98,6 +101,21 @@ impl Device {
             false => Ok(readers),
             true => Err(io::Error::from_raw_os_error(libc::ENODEV)),
         }
+    }
+
+    /// Whether the device was let go of.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
+    /// Forgets keys and peers, which a successor has now. The threads of the sockets have ended.
+    pub(super) fn give_up(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        let mut state = self.write();
+        for peer in state.peers.values() {
+            peer.retire();
+        }
+        drop(std::mem::take(&mut *state));
     }
 
     /// Forgets keys and peers and ends the threads of the sockets.
@@ -169,15 +187,13 @@ impl Device {
         }
     }
 
-    /// Begins a handshake with every peer whose endpoint is known.
-    pub(super) fn rekey(&self) {
-        let (peers, sockets) = {
-            let state = self.read();
-            (
-                state.peers.values().cloned().collect::<Vec<_>>(),
-                state.sockets.clone(),
-            )
-        };
+    pub(super) fn peers(&self) -> Vec<Arc<Peer>> {
+        self.read().peers.values().cloned().collect()
+    }
+
+    /// Begins a handshake with those of the peers whose endpoint is known.
+    pub(super) fn rekey(&self, peers: Vec<Arc<Peer>>) {
+        let sockets = self.read().sockets.clone();
         let mut out = peer::buffer();
         for peer in peers {
             peer.rekey(self.path(&sockets), &mut out);

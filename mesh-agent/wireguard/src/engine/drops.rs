@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::image::{Damaged, Reader, Writer};
+
 macro_rules! reasons {
     ($($(#[$doc:meta])+ $variant:ident => $name:literal,)+) => {
         /// Why the engine dropped a packet or refused a message. The name is what statistics print.
@@ -95,6 +97,32 @@ impl Counters {
 
     pub(super) fn received(&self, count: u64) {
         self.received.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Writes what was counted for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        for counter in [&self.handshakes, &self.sent, &self.received] {
+            out.u64(counter.load(Ordering::Relaxed));
+        }
+        out.count(DropReason::ALL.len());
+        for (name, count) in self.drops() {
+            out.text(name);
+            out.u64(count);
+        }
+    }
+
+    /// Goes on counting where a predecessor stopped. Its reasons need not be ours.
+    pub(super) fn read(&self, from: &mut Reader<'_>) -> Result<(), Damaged> {
+        for counter in [&self.handshakes, &self.sent, &self.received] {
+            counter.store(from.u64()?, Ordering::Relaxed);
+        }
+        for _ in 0..from.count()? {
+            let (name, count) = (from.text()?, from.u64()?);
+            if let Some(reason) = DropReason::ALL.iter().find(|reason| reason.name() == name) {
+                self.drop_many(*reason, count);
+            }
+        }
+        Ok(())
     }
 
     /// Names and counts of every reason.

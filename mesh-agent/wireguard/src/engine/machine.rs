@@ -24,6 +24,7 @@ use zeroize::Zeroizing;
 use super::{
     cookie::{Authenticator, COOKIE_REPLY, TYPE_COOKIE},
     drops::DropReason,
+    image::Writer,
     noise::{self, INITIATION, Pair, Pending, RESPONSE, SessionKeys},
     own::{Index, Shared},
     session::{
@@ -439,7 +440,15 @@ impl Transport for Machine {
             false => Tick::Idle,
         }
     }
+
+    fn write(&self, out: &mut Writer) -> bool {
+        self.write_image(out);
+        true
+    }
 }
+
+#[path = "machine_image.rs"]
+mod image;
 
 #[cfg(test)]
 #[path = "machine_tests.rs"]

@@ -29,6 +29,7 @@ mod control;
 mod cookie;
 mod device;
 mod drops;
+mod image;
 mod incoming;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
@@ -42,6 +43,7 @@ mod noise;
 mod outgoing;
 mod own;
 mod packet;
+mod passing;
 mod peer;
 mod readers;
 mod session;
@@ -118,6 +120,9 @@ pub struct EngineConfig {
     pub devices: Vec<String>,
     /// Who speaks the protocol.
     pub implementation: Implementation,
+    /// Whether an engine that has handed over to a successor stays until it is told to end. For supervisors that would
+    /// start it again, which would take everything back.
+    pub linger: bool,
 }
 
 impl Default for EngineConfig {
@@ -126,6 +131,7 @@ impl Default for EngineConfig {
             run_dir: "/run/wireguard".into(),
             devices: DEFAULT_DEVICES.map(String::from).to_vec(),
             implementation: Implementation::default(),
+            linger: false,
         }
     }
 }
@@ -141,7 +147,15 @@ pub enum EngineError {
         /// Why.
         source: std::io::Error,
     },
-    /// Another engine holds the run directory.
+    /// Another engine serves the run directory and does not let a successor take over. It goes on.
+    #[error("another tunnel engine serves {run_dir} and does not hand over ({reason}); stop it first")]
+    NotHandedOver {
+        /// The run directory.
+        run_dir: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+    /// Another engine holds the run directory, and does not answer.
     #[error("another tunnel engine serves {0}; stop it first")]
     AlreadyRunning(PathBuf),
     /// A thread could not be started, or signals not be blocked.

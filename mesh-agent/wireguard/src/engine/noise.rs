@@ -12,6 +12,8 @@ use hmac::SimpleHmac;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize as _, Zeroizing};
 
+use super::image::{Damaged, Reader, Writer};
+
 const CONSTRUCTION: &[u8] = b"Noise_IKpsk2_25519_ChaChaPoly_BLAKE2s";
 const IDENTIFIER: &[u8] = b"WireGuard v1 zx2c4 Jason@zx2c4.com";
 
@@ -188,6 +190,24 @@ pub(super) fn respond(
 }
 
 impl Pending {
+    /// Writes the initiation for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        out.raw(&*self.symmetric.chaining);
+        out.raw(&self.symmetric.hash);
+        out.raw(self.ephemeral.as_bytes());
+    }
+
+    /// What [`Self::write`] wrote.
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        Ok(Self {
+            symmetric: Symmetric {
+                chaining: from.secret()?,
+                hash: from.array()?,
+            },
+            ephemeral: StaticSecret::from(*from.secret()?),
+        })
+    }
+
     /// Opens the answer. The keys are the initiator's.
     pub(super) fn finish(&self, pair: &Pair<'_>, message: &[u8; RESPONSE]) -> Result<SessionKeys, Refused> {
         let theirs = public_at(message, 12);

@@ -13,6 +13,7 @@ use warren_model::{PrivateKey, PublicKey};
 use super::{
     cookie::{COOKIE_REPLY, Gate, TYPE_COOKIE, Verdict},
     drops::DropReason,
+    image::{Damaged, Reader, Writer},
     machine::Machine,
     noise::{self, Static, TIMESTAMP},
     session::{Receiving, TYPE_DATA},
@@ -180,6 +181,34 @@ impl Identity for OwnIdentity {
     }
 
     fn tick(&self) {}
+
+    fn write(&self, out: &mut Writer) {
+        let stamps = self.0.stamps();
+        out.raw(&stamps.sent);
+        out.count(stamps.received.len());
+        for (peer, stamp) in &stamps.received {
+            out.raw(peer);
+            out.raw(stamp);
+        }
+    }
+
+    fn read(&self, from: &mut Reader<'_>) -> Result<(), Damaged> {
+        let mut stamps = self.0.stamps();
+        stamps.sent = from.array()?;
+        for _ in 0..from.count()? {
+            stamps.received.insert(from.array()?, from.array()?);
+        }
+        Ok(())
+    }
+
+    fn restore(
+        &self,
+        peer: &PublicKey,
+        index: u32,
+        from: &mut Reader<'_>,
+    ) -> Result<Box<dyn Transport>, Damaged> {
+        Ok(Box::new(Machine::read(&self.0, peer, index, from)?))
+    }
 }
 
 impl Shared {
@@ -248,6 +277,23 @@ fn successor(stamp: [u8; TIMESTAMP]) -> [u8; TIMESTAMP] {
 }
 
 impl Index {
+    /// An index that a predecessor had; refused where two have it.
+    pub(super) fn restore(shared: &Arc<Shared>, value: u32, peer: u32) -> Result<Self, Damaged> {
+        let mut indices = shared.indices.write().unwrap_or_else(PoisonError::into_inner);
+        match indices.entry(value) {
+            std::collections::hash_map::Entry::Occupied(_) => Err(Damaged),
+            std::collections::hash_map::Entry::Vacant(vacant) => {
+                vacant.insert(Entry::Handshake(peer));
+                drop(indices);
+                Ok(Self {
+                    shared: Arc::clone(shared),
+                    value,
+                    peer,
+                })
+            }
+        }
+    }
+
     /// An index that nobody else has, and nobody can guess.
     pub(super) fn new(shared: &Arc<Shared>, peer: u32) -> Self {
         let mut indices = shared.indices.write().unwrap_or_else(PoisonError::into_inner);

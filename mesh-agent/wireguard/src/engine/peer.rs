@@ -105,6 +105,9 @@ pub(super) struct PeerChange {
     pub(super) keepalive_seconds: Option<u16>,
 }
 
+#[path = "peer_image.rs"]
+mod image;
+
 impl Peer {
     pub(super) fn new(key: PublicKey, index: u32, identity: Option<&dyn Identity>) -> Self {
         let inner = Inner {

@@ -7,9 +7,11 @@ use std::{
 };
 
 use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
+use zeroize::Zeroizing;
 
 use super::{
     drops::DropReason,
+    image::{Damaged, Reader, Writer},
     lanes::{LANES, Lanes, WORTHWHILE},
     transport::{DATA_HEADER, OVERHEAD, TAG},
     window::Window,
@@ -26,6 +28,8 @@ pub(super) const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
 
 /// What seals.
 pub(super) struct Sending {
+    /// For a successor: the cipher does not tell its key.
+    secret: Zeroizing<[u8; 32]>,
     key: LessSafeKey,
     lanes: Option<Lanes>,
     /// The session's index at the other end.
@@ -40,6 +44,7 @@ pub(super) struct Sealing {
 
 /// What opens.
 pub(super) struct Receiving {
+    secret: Zeroizing<[u8; 32]>,
     key: LessSafeKey,
     lanes: Option<Lanes>,
     pub(super) created: Instant,
@@ -74,10 +79,23 @@ fn nonce(counter: u64) -> Nonce {
 impl Sending {
     pub(super) fn new(key: &[u8; 32], receiver: u32) -> Result<Self, BadKey> {
         Ok(Self {
+            secret: Zeroizing::new(*key),
             key: cipher(key)?,
             lanes: Lanes::new(key),
             receiver,
         })
+    }
+
+    /// Writes the half for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        out.raw(&*self.secret);
+        out.u32(self.receiver);
+    }
+
+    /// What [`Self::write`] wrote.
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        let secret = from.secret()?;
+        Self::new(&secret, from.u32()?).map_err(|BadKey| Damaged)
     }
 
     /// Type, receiver, counter.
@@ -180,11 +198,30 @@ fn counters(group: &[u8], segment: usize) -> Option<[u64; LANES]> {
 impl Receiving {
     pub(super) fn new(key: &[u8; 32], created: Instant) -> Result<Self, BadKey> {
         Ok(Self {
+            secret: Zeroizing::new(*key),
             key: cipher(key)?,
             lanes: Lanes::new(key),
             created,
             window: Mutex::new(Window::new()),
         })
+    }
+
+    /// Writes the half for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        out.raw(&*self.secret);
+        out.moment(self.created);
+        self.window
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .write(out);
+    }
+
+    /// What [`Self::write`] wrote.
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        let secret = from.secret()?;
+        let mut receiving = Self::new(&secret, from.moment()?).map_err(|BadKey| Damaged)?;
+        receiving.window = Mutex::new(Window::read(from)?);
+        Ok(receiving)
     }
 
     /// Opens a message in place. Where its packet is. The counter was not compared with others yet.

@@ -1,23 +1,23 @@
-//! Which devices the engine serves, and its life from start to signal.
+//! Which devices the engine serves, and its life from start to signal, or to its successor.
+
+mod offer;
+mod succeed;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
-    io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
-    path::{Path, PathBuf},
+    fs::File,
+    io,
+    os::unix::net::UnixListener,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::Ordering,
+        atomic::{AtomicBool, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     time::{Duration, Instant},
 };
 
-use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::signal::{SigSet, Signal},
-};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 use super::{
@@ -25,8 +25,9 @@ use super::{
     control::{self, Served},
     device::Device,
     peer,
-    readers::{self, Reader},
+    readers::{self, Reader, Stop},
 };
+use succeed::{Claim, Inherited, InheritedDevice};
 
 /// How often timers run. WireGuard's own are whole seconds.
 const TICK: Duration = Duration::from_millis(100);
@@ -34,12 +35,14 @@ const TICK: Duration = Duration::from_millis(100);
 /// How often the engine looks for devices that it shall serve, for changed MTUs and for what the kernel dropped.
 const SCAN: Duration = Duration::from_secs(1);
 
-/// Holds the run directory: locked as long as the process lives.
+/// Holds the run directory: locked as long as the engine lives, or its successor.
 const LOCK_FILE: &str = "warren-engine.lock";
 
 enum Event {
     /// This device, attached with this number, was deleted.
     Gone(String, u64),
+    /// A successor has everything.
+    HandedOver,
     Stop,
 }
 
@@ -48,7 +51,17 @@ struct Engine {
     implementation: Implementation,
     wanted: Vec<String>,
     events: Sender<Event>,
+    /// Held while timers run and while a handover goes on.
+    timers: Mutex<()>,
     devices: Mutex<Devices>,
+    /// The engine's own socket.
+    control: Mutex<Option<Served>>,
+    /// Locked as long as any process has it open.
+    lock_file: Mutex<Option<File>>,
+    /// How long packets waited when this engine took over from another.
+    pause: Mutex<Option<Duration>>,
+    /// A successor has everything.
+    over: AtomicBool,
 }
 
 #[derive(Default)]
@@ -65,11 +78,12 @@ struct Devices {
 struct Attached {
     number: u64,
     device: Arc<Device>,
-    tun: Reader,
-    _served: Served,
+    tun: Option<Reader>,
+    served: Served,
 }
 
-/// Serves devices until SIGTERM or SIGINT.
+/// Serves devices until SIGTERM or SIGINT, or until a successor does. Takes over from an engine that serves the run
+/// directory already.
 ///
 /// To be called from the main thread before any other is started: signals are blocked for all threads from here on.
 /// Changes the process: it is not dumpable any more (no core dumps, P8), its file mode mask is 077, and a panic in
@@ -84,21 +98,25 @@ pub fn run(config: EngineConfig) -> Result<(), EngineError> {
     signals.thread_block().map_err(start)?;
     end_on_panic();
 
-    let _lock = lock(&config.run_dir)?;
+    let Claim { lock, inherited } = succeed::claim(&config)?;
     let (events, received) = mpsc::channel();
     let engine = Arc::new(Engine {
         run_dir: config.run_dir,
         implementation: config.implementation,
         wanted: config.devices,
         events: events.clone(),
+        timers: Mutex::default(),
         devices: Mutex::default(),
+        control: Mutex::default(),
+        lock_file: Mutex::new(Some(lock)),
+        pause: Mutex::default(),
+        over: AtomicBool::new(false),
     });
-    let socket = engine.run_dir.join(ENGINE_SOCKET);
-    let answering = Arc::clone(&engine);
-    let served = Served::start(&socket, move |stream| {
-        control::serve_engine(stream, |line| answering.answer(line))
-    })
-    .map_err(|source| EngineError::Path { path: socket, source })?;
+    let listener = match inherited {
+        Some(inherited) => Some(engine.inherit(inherited).map_err(EngineError::Start)?),
+        None => None,
+    };
+    engine.serve(listener)?;
     let ticking = Arc::clone(&engine);
     let timers = Reader::start("timers", move |stop| ticking.tick(&stop)).map_err(EngineError::Start)?;
     std::thread::Builder::new()
@@ -112,12 +130,24 @@ pub fn run(config: EngineConfig) -> Result<(), EngineError> {
         .map_err(EngineError::Start)?;
 
     tracing::info!(run_dir = %engine.run_dir.display(), devices = ?engine.wanted, "tunnel engine started");
-    engine.supervise(&received);
+    if let End::HandedOver = engine.supervise(&received) {
+        tracing::info!("a successor serves the devices");
+        // Nothing but the request to end means anything here.
+        while config.linger && !matches!(received.recv(), Ok(Event::Stop) | Err(_)) {}
+        return Ok(());
+    }
+    let served = engine.served().take();
     drop(served);
     timers.stop();
     engine.detach_all();
     tracing::info!("tunnel engine stopped");
     Ok(())
+}
+
+/// Why an engine serves nothing any more.
+enum End {
+    Told,
+    HandedOver,
 }
 
 /// A thread that is missing would stop traffic in silence.
@@ -129,43 +159,106 @@ fn end_on_panic() {
     }));
 }
 
-fn lock(run_dir: &Path) -> Result<Flock<fs::File>, EngineError> {
-    let path = run_dir.join(LOCK_FILE);
-    let failed = |path: &Path, source| EngineError::Path {
-        path: path.into(),
-        source,
-    };
-    fs::create_dir_all(run_dir).map_err(|source| failed(run_dir, source))?;
-    let file = fs::OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|source| failed(&path, source))?;
-    let mut lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => EngineError::AlreadyRunning(run_dir.into()),
-        errno => failed(&path, errno.into()),
-    })?;
-    // For a person who looks; nothing reads it.
-    let _ = lock
-        .set_len(0)
-        .and_then(|()| writeln!(lock, "{}", std::process::id()));
-    Ok(lock)
-}
-
 impl Engine {
     fn lock(&self) -> MutexGuard<'_, Devices> {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn supervise(&self, events: &Receiver<Event>) {
+    fn served(&self) -> MutexGuard<'_, Option<Served>> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_file(&self) -> MutexGuard<'_, Option<File>> {
+        self.lock_file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps timers from running, and requests that send.
+    fn hold_timers(&self) -> MutexGuard<'_, ()> {
+        self.timers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers requests to the engine, on a socket of its own or on that of its predecessor.
+    fn serve(self: &Arc<Self>, listener: Option<UnixListener>) -> Result<(), EngineError> {
+        let path = self.run_dir.join(ENGINE_SOCKET);
+        let answering = Arc::clone(self);
+        let serve = move |stream| {
+            let handover = |stream: &_, request: &_| offer::offer(&answering, stream, request);
+            control::serve_engine(stream, |line| answering.answer(line), handover)
+        };
+        let served = match listener {
+            Some(listener) => Served::adopt(&path, listener, serve),
+            None => Served::start(&path, serve),
+        };
+        let served = served.map_err(|source| EngineError::Path { path, source })?;
+        *self.served() = Some(served);
+        Ok(())
+    }
+
+    /// Goes on with what a predecessor has handed over. The socket to answer requests on.
+    fn inherit(&self, inherited: Inherited) -> io::Result<UnixListener> {
+        let devices = &mut *self.lock();
+        let mut lost = Vec::new();
+        for InheritedDevice {
+            device,
+            listener,
+            lost: peers,
+        } in inherited.devices
+        {
+            devices.count += 1;
+            let (number, name) = (devices.count, device.name.clone());
+            let mut readers = device.configure()?;
+            device.start_readers(&mut readers)?;
+            drop(readers);
+            let attached = Attached {
+                number,
+                tun: Some(self.start_tun(&device, number)?),
+                served: self.serve_device(&device, Some(listener))?,
+                device: Arc::clone(&device),
+            };
+            devices.attached.insert(name, attached);
+            lost.push((device, peers));
+        }
+        devices.released.extend(inherited.released);
+        let pause = inherited.asked.elapsed();
+        *self.pause.lock().unwrap_or_else(PoisonError::into_inner) = Some(pause);
+        tracing::info!(?pause, "took over from another engine");
+        for (device, peers) in lost {
+            device.rekey(peers);
+        }
+        Ok(inherited.control)
+    }
+
+    /// Serves a device's configuration socket.
+    fn serve_device(&self, device: &Arc<Device>, listener: Option<UnixListener>) -> io::Result<Served> {
+        let path = self.run_dir.join(format!("{}.sock", device.name));
+        // Open connections must not keep the TUN device open once we let go of it.
+        let serving = Arc::downgrade(device);
+        let serve = move |stream| control::serve_device(&serving, stream);
+        match listener {
+            Some(listener) => Served::adopt(&path, listener, serve),
+            None => Served::start(&path, serve),
+        }
+    }
+
+    /// Starts the thread that reads the TUN device.
+    fn start_tun(&self, device: &Arc<Device>, number: u64) -> io::Result<Reader> {
+        let (reading, events) = (Arc::clone(device), self.events.clone());
+        Reader::start(&format!("{}-tun", device.name), move |stop| {
+            if readers::read_tun(&reading, &stop) {
+                // The receiver is gone only when the engine has ended.
+                let _ = events.send(Event::Gone(reading.name.clone(), number));
+            }
+        })
+    }
+
+    fn supervise(&self, events: &Receiver<Event>) -> End {
         loop {
             self.scan();
             match events.recv_timeout(SCAN) {
                 Ok(Event::Gone(name, number)) => self.lost(&name, number),
                 Err(RecvTimeoutError::Timeout) => {}
-                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Event::HandedOver) => return End::HandedOver,
+                Ok(Event::Stop) | Err(RecvTimeoutError::Disconnected) => return End::Told,
             }
         }
     }
@@ -173,6 +266,9 @@ impl Engine {
     /// Attaches to wanted devices that have appeared, and refreshes those it has.
     fn scan(&self) {
         let mut devices = self.lock();
+        if self.over.load(Ordering::Relaxed) {
+            return;
+        }
         for attached in devices.attached.values() {
             attached.device.refresh();
         }
@@ -194,6 +290,9 @@ impl Engine {
     }
 
     fn attach_locked(&self, devices: &mut Devices, name: &str) -> Result<(), String> {
+        if self.over.load(Ordering::Relaxed) {
+            return Err("another engine has taken over; ask again".into());
+        }
         if devices.attached.contains_key(name) {
             return Ok(());
         }
@@ -203,27 +302,21 @@ impl Engine {
             _ => format!("{name} cannot be opened as a TUN device: {error}"),
         })?;
         let device = Arc::new(device);
-        let path = self.run_dir.join(format!("{name}.sock"));
-        // Open connections must not keep the TUN device open once we let go of it.
-        let serving = Arc::downgrade(&device);
-        let served = Served::start(&path, move |stream| control::serve_device(&serving, stream))
-            .map_err(|error| format!("{}: {error}", path.display()))?;
+        let served = self
+            .serve_device(&device, None)
+            .map_err(|error| format!("the socket of {name} in {}: {error}", self.run_dir.display()))?;
         devices.count += 1;
         let number = devices.count;
-        let (reading, events) = (Arc::clone(&device), self.events.clone());
-        let tun = Reader::start(&format!("{name}-tun"), move |stop| {
-            if readers::read_tun(&reading, &stop) {
-                let _ = events.send(Event::Gone(reading.name.clone(), number));
-            }
-        })
-        .map_err(|error| format!("no thread for {name}: {error}"))?;
+        let tun = self
+            .start_tun(&device, number)
+            .map_err(|error| format!("no thread for {name}: {error}"))?;
         devices.attached.insert(
             name.into(),
             Attached {
                 number,
                 device,
-                tun,
-                _served: served,
+                tun: Some(tun),
+                served,
             },
         );
         devices.released.remove(name);
@@ -255,21 +348,10 @@ impl Engine {
     }
 
     /// Runs all devices' timers until told to stop.
-    fn tick(&self, stop: &std::os::unix::net::UnixStream) {
+    fn tick(&self, stop: &Stop) {
         let mut out = peer::buffer();
-        // Nothing is ever written to the other end: a read ends with the tick, or with end-of-file.
-        if stop.set_read_timeout(Some(TICK)).is_err() {
-            return;
-        }
-        loop {
-            match io::Read::read(&mut &*stop, &mut [0]) {
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-                    ) => {}
-                _ => return,
-            }
+        while stop.wait(TICK) {
+            let _timers = self.hold_timers();
             let devices: Vec<_> = self
                 .lock()
                 .attached
@@ -287,20 +369,30 @@ impl Engine {
         let mut words = line.split_whitespace();
         let request = (words.next(), words.next(), words.next());
         let result = match request {
-            (Some("ping"), None, None) => Ok(json!({ "pid": std::process::id() })),
+            (Some("ping"), None, None) => Ok(self.about()),
             (Some("list"), None, None) => {
                 Ok(json!({ "devices": self.lock().attached.keys().collect::<Vec<_>>() }))
             }
             (Some("attach"), Some(name), None) => self.attach(name),
             (Some("detach"), Some(name), None) => self.release(name),
             (Some("stats"), Some(name), None) => self.with(name, stats),
-            (Some("rekey"), Some(name), None) => self.with(name, |device| {
-                device.rekey();
-                json!({})
-            }),
+            (Some("rekey"), Some(name), None) => {
+                let _timers = self.hold_timers();
+                self.with(name, |device| {
+                    device.rekey(device.peers());
+                    json!({})
+                })
+            }
             _ => Err("expected: ping | list | attach NAME | detach NAME | stats NAME | rekey NAME".into()),
         };
         result.unwrap_or_else(|error| json!({ "error": error }))
+    }
+
+    /// The process, and how many milliseconds packets waited when it took over from another.
+    fn about(&self) -> Value {
+        let pause = *self.pause.lock().unwrap_or_else(PoisonError::into_inner);
+        let milliseconds = pause.map(|pause| pause.as_secs_f64() * 1000.0);
+        json!({ "pid": std::process::id(), "took_over_ms": milliseconds })
     }
 
     fn attach(&self, name: &str) -> Result<Value, String> {
@@ -334,16 +426,15 @@ impl Engine {
 
 fn detach(attached: Option<Attached>) {
     let Some(Attached {
-        device,
-        tun,
-        _served: served,
-        ..
+        device, tun, served, ..
     }) = attached
     else {
         return;
     };
     drop(served);
-    tun.stop();
+    if let Some(tun) = tun {
+        tun.stop();
+    }
     device.close();
     tracing::info!(device = device.name, "detached");
 }

@@ -9,6 +9,7 @@ use warren_model::PublicKey;
 
 use super::{
     drops::DropReason,
+    image::{Damaged, Reader, Writer},
     session::{Receiving, Sealing},
 };
 use crate::uapi::PresharedKey;
@@ -41,6 +42,24 @@ pub(super) trait Identity: Send + Sync {
 
     /// To be called every second or more often.
     fn tick(&self);
+
+    /// Writes for a successor what belongs to no single peer.
+    fn write(&self, _out: &mut Writer) {}
+
+    /// Takes what a predecessor of the same implementation wrote.
+    fn read(&self, _from: &mut Reader<'_>) -> Result<(), Damaged> {
+        Ok(())
+    }
+
+    /// A transport as a predecessor of the same implementation had it: see [`Transport::write`].
+    fn restore(
+        &self,
+        _peer: &PublicKey,
+        _index: u32,
+        _from: &mut Reader<'_>,
+    ) -> Result<Box<dyn Transport>, Damaged> {
+        Err(Damaged)
+    }
 }
 
 /// What to do with a datagram.
@@ -87,6 +106,12 @@ pub(super) trait Transport: Send {
 
     /// Runs the timers. To be called several times a second.
     fn tick(&mut self, now: Instant, out: &mut [u8]) -> Tick;
+
+    /// Writes sessions, handshakes and timers for a successor. `false` where they cannot be taken out: nothing was
+    /// written then. This transport must not be used any more once the successor uses its own.
+    fn write(&self, _out: &mut Writer) -> bool {
+        false
+    }
 }
 
 /// What a message of the network was.

@@ -15,6 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
 use super::{
     TUN_FLAGS,
+    image::{Reader, Writer},
     merge::{Merging, Write},
     virtio::{self, Virtio},
 };
@@ -68,21 +69,33 @@ impl Tun {
         let offloads = set_offloads(&file, headers)?;
         // SAFETY: TUNSETPERSIST takes a plain integer.
         check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETPERSIST, 1 as libc::c_ulong) })?;
-        let inquiry = socket(
-            AddressFamily::Inet,
-            SockType::Datagram,
-            SockFlag::SOCK_CLOEXEC,
-            None,
-        )?;
         let tun = Self {
             file,
             name: name.into(),
             headers,
             offloads,
-            inquiry,
+            inquiry: inquiry()?,
         };
         tun.lengthen_queue()?;
         Ok(tun)
+    }
+
+    /// Takes over a descriptor of [`Self::descriptor`], and what the predecessor found out about it.
+    pub(super) fn adopt(name: &str, descriptor: OwnedFd, from: &mut Reader<'_>) -> io::Result<Self> {
+        Ok(Self {
+            file: descriptor.into(),
+            name: name.into(),
+            headers: from.flag().map_err(io::Error::other)?,
+            offloads: from.u32().map_err(io::Error::other)?,
+            inquiry: inquiry()?,
+        })
+    }
+
+    /// The device for a successor, and what there is to know about it.
+    pub(super) fn descriptor(&self, out: &mut Writer) -> io::Result<OwnedFd> {
+        out.flag(self.headers);
+        out.u32(self.offloads);
+        self.file.as_fd().try_clone_to_owned()
     }
 
     fn lengthen_queue(&self) -> io::Result<()> {
@@ -168,6 +181,11 @@ impl AsFd for Tun {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+fn inquiry() -> io::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::Inet, SockType::Datagram);
+    Ok(socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 /// Takes the device, creating it when absent. `EINVAL` for flags that the kernel does not know.

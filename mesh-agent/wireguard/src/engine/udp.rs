@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket},
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,6 +19,7 @@ use nix::{
 };
 
 use super::{
+    image::{Damaged, Reader, Writer},
     mmsg::{self, MOST_SEGMENTS, Outgoing},
     tun,
 };
@@ -124,6 +125,37 @@ impl Sockets {
             sockets.set_fwmark(fwmark)?;
         }
         Ok(sockets)
+    }
+
+    /// Takes over the descriptors of [`Self::descriptors`], and what the predecessor knew about them.
+    pub(super) fn adopt(
+        descriptors: &mut impl Iterator<Item = OwnedFd>,
+        from: &mut Reader<'_>,
+    ) -> Result<Self, Damaged> {
+        let (port, gro, v6, overflows) = (from.u16()?, from.flag()?, from.flag()?, from.u64()?);
+        let mut socket = || descriptors.next().map(|descriptor| Arc::new(descriptor.into()));
+        Ok(Self {
+            v4: socket().ok_or(Damaged)?,
+            v6: match v6 {
+                true => Some(socket().ok_or(Damaged)?),
+                false => None,
+            },
+            port,
+            gro,
+            overflows: AtomicU64::new(overflows),
+        })
+    }
+
+    /// Adds the sockets for a successor, and writes what there is to know about them.
+    pub(super) fn descriptors(&self, descriptors: &mut Vec<OwnedFd>, out: &mut Writer) -> io::Result<()> {
+        out.u16(self.port);
+        out.flag(self.gro);
+        out.flag(self.v6.is_some());
+        out.u64(self.overflows.load(Ordering::Relaxed));
+        for socket in self.each() {
+            descriptors.push(socket.as_fd().try_clone_to_owned()?);
+        }
+        Ok(())
     }
 
     pub(super) fn port(&self) -> u16 {

@@ -1,5 +1,7 @@
 //! Which counters of a session were seen: the last 8,192 (RFC 6479's ring of words).
 
+use super::image::{Damaged, Reader, Writer};
+
 /// Bits of a word, words of the ring. One word is always being refilled.
 const BITS: u64 = 64;
 const WORDS: u64 = 128;
@@ -21,6 +23,24 @@ impl Window {
             next: 0,
             words: [0; WORDS as usize],
         }
+    }
+
+    /// Writes the window for a successor.
+    pub(super) fn write(&self, out: &mut Writer) {
+        out.u64(self.next);
+        for word in self.words {
+            out.u64(word);
+        }
+    }
+
+    /// What [`Self::write`] wrote.
+    pub(super) fn read(from: &mut Reader<'_>) -> Result<Self, Damaged> {
+        let mut window = Self::new();
+        window.next = from.u64()?;
+        for word in &mut window.words {
+            *word = from.u64()?;
+        }
+        Ok(window)
     }
 
     /// Notes a counter of an authentic message, which is below 2^64 - 2^13. Whether it is new.

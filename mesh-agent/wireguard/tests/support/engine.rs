@@ -1,4 +1,4 @@
-//! The engine alone: `warren-tunnel-engine [--engine=NAME] RUN_DIR [DEVICE...]`.
+//! The engine alone: `warren-tunnel-engine [--engine=NAME] [--linger] RUN_DIR [DEVICE...]`.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let usage = |problem: &str| {
-        eprintln!("{problem}; usage: warren-tunnel-engine [--engine=NAME] RUN_DIR [DEVICE...]");
+        eprintln!("{problem}; usage: warren-tunnel-engine [--engine=NAME] [--linger] RUN_DIR [DEVICE...]");
         ExitCode::from(2)
     };
     let mut arguments = std::env::args().skip(1).peekable();
@@ -21,6 +21,7 @@ fn main() -> ExitCode {
             Err(error) => return usage(&error),
         }
     }
+    let linger = arguments.next_if(|argument| argument == "--linger").is_some();
     let Some(run_dir) = arguments.next() else {
         return usage("no run directory");
     };
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         run_dir: run_dir.into(),
         devices: arguments.collect(),
         implementation,
+        linger,
     };
     match engine::run(config) {
         Ok(()) => ExitCode::SUCCESS,

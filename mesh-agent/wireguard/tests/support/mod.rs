@@ -18,6 +18,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use ipnet::IpNet;
 use warren_model::{PrivateKey, PublicKey};
 
+pub mod capture;
 pub mod changes;
 pub mod traffic;
 
@@ -216,6 +217,12 @@ impl Lab {
         Ok(())
     }
 
+    /// Moves the calling thread to where all that passes between the nodes is seen.
+    pub fn enter_underlay(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let name = self.underlay.name().to_owned();
+        move || enter(&name)
+    }
+
     /// Makes every node a peer of every other, each owning its inner prefixes. Underlay: IPv6 or IPv4.
     pub fn mesh(&self, outer_v6: bool) -> Result<()> {
         for node in &self.nodes {
@@ -230,6 +237,44 @@ impl Lab {
 impl Node {
     /// Starts the engine and waits until its device can be configured.
     pub fn start(&mut self) -> Result<()> {
+        self.start_with(&[])
+    }
+
+    /// As [`Self::start`], with options for this crate's engine.
+    pub fn start_with(&mut self, options: &[&str]) -> Result<()> {
+        self.spawn(options)?;
+        if matches!(self.engine, Engine::Kernel) {
+            return Ok(());
+        }
+        until(
+            &format!("the engine of node {} serves {}", self.number, self.device),
+            || {
+                if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
+                    bail!("the engine ended: {}", status?);
+                }
+                Ok(UnixStream::connect(self.socket()).is_ok())
+            },
+        )
+    }
+
+    /// Starts another of this crate's engines beside the running one and waits until it serves the devices. The process
+    /// that has handed over to it.
+    pub fn succeed(&mut self, options: &[&str]) -> Result<Child> {
+        let old = self.child.take().context("no engine is running")?;
+        self.spawn(options)?;
+        until("the successor answers", || {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
+                bail!("the successor ended: {}", status?);
+            }
+            // Between both engines a connection may end without an answer.
+            let answer = self.control("ping");
+            Ok(answer.is_ok_and(|answer| answer["pid"].as_u64() == Some(self.pid().into())))
+        })?;
+        Ok(old)
+    }
+
+    /// Starts the engine's process.
+    fn spawn(&mut self, options: &[&str]) -> Result<()> {
         if matches!(self.engine, Engine::Kernel) {
             let make = format!("link add {} type wireguard", self.device);
             return self.namespace.ip(&make).map(drop);
@@ -264,6 +309,7 @@ impl Node {
                 command
                     .arg(program)
                     .args(arguments)
+                    .args(options)
                     .args(["/run/wireguard", &self.device]);
             }
             Engine::WireguardGo => {
@@ -289,15 +335,7 @@ impl Node {
             command.stdout(Stdio::null());
         }
         self.child = Some(command.spawn().context("the engine cannot be started")?);
-        until(
-            &format!("the engine of node {} serves {}", self.number, self.device),
-            || {
-                if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().transpose()) {
-                    bail!("the engine ended: {}", status?);
-                }
-                Ok(UnixStream::connect(self.socket()).is_ok())
-            },
-        )
+        Ok(())
     }
 
     pub fn has_device(&self) -> bool {
