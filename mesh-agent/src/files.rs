@@ -1,23 +1,20 @@
-//! What the agent keeps on disk: keys, last good snapshot, endpoints, trust. Every file is replaced as a whole
+//! What the agent keeps on disk: keys ([`crate::keys`]), last good snapshot, endpoints, trust. Every file is replaced as a whole
 //! (written beside, synced, renamed) and readable by root alone.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, Result, bail};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use warren_agent_core::{Endpoint, Endpoints};
-use warren_keyd_api::{
-    proof,
-    snapshot::{Directory, SnapshotRoot},
-};
-use warren_model::{Datapath, PrivateKey};
-use zeroize::Zeroizing;
+use warren_keyd_api::snapshot::{Directory, SnapshotRoot};
+use warren_model::Datapath;
+
+use crate::keys::KeyStore;
 
 /// The state directory.
 #[derive(Debug, Clone)]
@@ -49,37 +46,9 @@ impl StateDir {
         self.0.join("trust")
     }
 
-    /// The key of a slot; made on the first start. A file that is there but cannot be used is an error: a new key
-    /// in its place would cut this node off without anybody having asked for it.
-    pub(crate) fn slot_key(&self, slot: u8) -> Result<PrivateKey> {
-        let path = self.0.join("keys").join(format!("slot{slot}.key"));
-        let text = match fs::read(&path) {
-            Ok(text) => Zeroizing::new(text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return new_key(&path),
-            Err(error) => bail!(
-                "cannot read the key file {}: {error}; restore it or remove it",
-                path.display()
-            ),
-        };
-        let damaged = || {
-            format!(
-                "the key file {} is damaged: restore it, or remove it to get a new key",
-                path.display()
-            )
-        };
-        let trimmed = std::str::from_utf8(&text)
-            .ok()
-            .map(str::trim)
-            .with_context(damaged)?;
-        let bytes = Zeroizing::new(STANDARD.decode(trimmed).ok().with_context(damaged)?);
-        let bytes: Zeroizing<[u8; 32]> =
-            Zeroizing::new(bytes.as_slice().try_into().ok().with_context(damaged)?);
-        let mode = fs::metadata(&path).with_context(damaged)?.permissions().mode();
-        if mode & 0o077 != 0 {
-            tracing::warn!(file = %path.display(), "the key file was readable by others: restricted to root");
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).with_context(damaged)?;
-        }
-        Ok(PrivateKey::from_bytes(*bytes))
+    /// This node's private keys.
+    pub(crate) fn keys(&self) -> Result<KeyStore> {
+        KeyStore::open(&self.0.join("keys"))
     }
 
     /// The last good snapshot. A damaged file is a warning: the agent starts as without one.
@@ -163,14 +132,6 @@ impl StateDir {
     }
 }
 
-fn new_key(path: &Path) -> Result<PrivateKey> {
-    let key = proof::generate_private_key().context("cannot make a key")?;
-    let text = Zeroizing::new(format!("{}\n", *Zeroizing::new(STANDARD.encode(key.expose()))));
-    write_private(path, text.as_bytes())?;
-    tracing::info!(file = %path.display(), "made this node's key");
-    Ok(key)
-}
-
 /// Changes with every boot of the machine, and with the network namespace that interface indexes belong to.
 fn boot_id() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -214,25 +175,6 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_key_is_made_once_and_a_damaged_file_is_never_replaced() {
-        let directory = tempfile::tempdir().unwrap();
-        let state = StateDir::open(directory.path()).unwrap();
-        let key = state.slot_key(0).unwrap();
-        assert!(state.slot_key(0).unwrap() == key);
-        let path = directory.path().join("keys/slot0.key");
-        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        for damage in ["", "AAAA", "not a key", "\u{fffd}"] {
-            fs::write(&path, damage).unwrap();
-            let error = format!("{:#}", state.slot_key(0).unwrap_err());
-            assert!(error.contains("slot0.key") && !error.contains('\n'), "{error}");
-            assert_eq!(fs::read_to_string(&path).unwrap(), damage);
-        }
-        fs::remove_file(&path).unwrap();
-        fs::create_dir(&path).unwrap();
-        assert!(state.slot_key(0).is_err());
-    }
 
     #[test]
     fn a_truncated_snapshot_is_as_none() {

@@ -6,6 +6,7 @@ mod cni;
 mod config;
 mod files;
 mod keyd;
+mod keys;
 mod machine;
 mod metrics;
 mod policy;

@@ -349,6 +349,7 @@ mod tests {
     fn a_report_becomes_metrics() {
         let encrypt = EncryptStatus {
             enabled: true,
+            keys: Default::default(),
             mismatches: vec![],
             datapath: warren_model::Datapath::Userspace,
             interfaces: vec![],

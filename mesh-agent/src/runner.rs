@@ -15,8 +15,7 @@ use tokio::{
     time::Instant,
 };
 use warren_agent_api::{Attachment, Request, Response};
-use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, Slot, policy::LocalEndpoint};
-use warren_keyd_api::proof;
+use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, policy::LocalEndpoint};
 use warren_model::{Datapath, IdentityId, PodRef, PublicKey, policy::NodeFacts};
 use warren_net::Net;
 
@@ -26,7 +25,8 @@ use crate::{
     cni,
     config::{self, Config},
     files::{SavedEndpoints, StateDir, make_private_dir},
-    keyd::{self, Contents, FromKeyd, OwnKey, Received, Refused, ToKeyd},
+    keyd::{self, Contents, FromKeyd, Received, Refused, ToKeyd},
+    keys::KeyStore,
     machine::Machine,
     metrics::{self, Health},
     policy::{Enforcer, Shared, ToEnforcer},
@@ -94,16 +94,18 @@ pub(crate) struct Runner {
     pub(crate) unreadable: Vec<String>,
     /// When the directory's signature ends, Unix milliseconds.
     pub(crate) expires_unix_ms: Option<i64>,
-    /// `keyd`'s refusals of this node's keys, by slot.
-    pub(crate) key_refusals: BTreeMap<u8, String>,
+    /// This node's private keys.
+    keys: KeyStore,
+    /// `keyd`'s refusals of this node's keys, by generation.
+    pub(crate) key_refusals: BTreeMap<u64, String>,
     /// `keyd`'s refusals of pods that are there.
     pub(crate) pod_refusals: BTreeMap<PodRef, String>,
     pub(crate) waiting: Vec<Waiting>,
     /// Pods that are gone, with the time at which `keyd` was told.
     pub(crate) unreported: Vec<(Endpoint, Option<Instant>)>,
     pub(crate) observed: Observed,
-    /// When a peer was first seen on a device, by the core's clock.
-    pub(crate) peers_since: BTreeMap<PublicKey, Duration>,
+    /// When a peer was first seen on the device of a slot, by the core's clock.
+    pub(crate) peers_since: BTreeMap<(u8, PublicKey), Duration>,
     /// The version that `keyd` was told to be in force.
     acknowledged: Option<(u64, u64)>,
     /// The endpoints that policy was told of.
@@ -114,6 +116,8 @@ pub(crate) struct Runner {
     /// The drivers could not be read: when to try again.
     observe_fault: Option<String>,
     dirty: bool,
+    /// The tunnel devices alone are to be looked at.
+    look: bool,
     started: Instant,
 }
 
@@ -142,20 +146,18 @@ async fn run(config: Config) -> Result<()> {
     let state = StateDir::open(&config.options.state_dir)?;
     make_private_dir(&config.options.run_dir)?;
     let net = Net::open().await?;
-    let keys = own_keys(&config, &state)?;
+    let keys = state.keys()?;
+    if keys.keyring().held().is_empty() {
+        keys.make(1)?;
+    }
     let (datapath, changed) = config::choose_datapath(config.cluster.datapath, &state, &net).await?;
     tracing::info!(node = %config.node, %datapath, changed, cluster = ?config.cluster, "starting");
     let settings = Settings {
         config: config.cluster.clone(),
         node: config.node.clone(),
-        slots: keys.iter().map(|key| key.slot.clone()).collect(),
     };
     let events = net.watch()?;
-    let private = keys
-        .iter()
-        .map(|key| (key.slot.slot, key.private.clone()))
-        .collect();
-    let machine = Machine::open(net, datapath, &settings, private, &config.options)?;
+    let machine = Machine::open(net, datapath, &settings, keys.clone(), &config.options)?;
     let (inputs, received) = mpsc::unbounded_channel();
     let (to_keyd, commands) = mpsc::unbounded_channel();
     let (from_keyd, keyd_events) = mpsc::unbounded_channel();
@@ -173,7 +175,7 @@ async fn run(config: Config) -> Result<()> {
         config.clone(),
         settings,
         machine,
-        state.clone(),
+        (state.clone(), keys.clone()),
         inputs.clone(),
         to_keyd,
         (to_enforcer.clone(), shared.clone()),
@@ -221,19 +223,6 @@ async fn run(config: Config) -> Result<()> {
     runner.run(received).await
 }
 
-/// This node's keys. One slot until keys rotate.
-fn own_keys(config: &Config, state: &StateDir) -> Result<Vec<OwnKey>> {
-    let private = state.slot_key(0)?;
-    let public_key = proof::public_key(&private);
-    let slot = Slot {
-        slot: 0,
-        port: config.cluster.slot_port(0),
-        generation: 1,
-        public_key,
-    };
-    Ok(vec![OwnKey { slot, private }])
-}
-
 fn forward_inputs(
     mut network: impl futures::Stream<Item = warren_net::LinkEvent> + Send + Unpin + 'static,
     mut keyd: mpsc::UnboundedReceiver<FromKeyd>,
@@ -261,13 +250,13 @@ impl Runner {
         config: Config,
         settings: Settings,
         machine: Machine,
-        state: StateDir,
+        (state, keys): (StateDir, KeyStore),
         inputs: mpsc::UnboundedSender<Input>,
         to_keyd: mpsc::UnboundedSender<ToKeyd>,
         (enforcer, shared): (std::sync::mpsc::Sender<ToEnforcer>, Shared),
     ) -> Self {
         let saved = state.load_endpoints();
-        let mut agent = Agent::new(settings);
+        let mut agent = Agent::new(settings, keys.keyring());
         agent.restore_endpoints(saved.endpoints.clone());
         let unreported = saved
             .unreported
@@ -288,6 +277,7 @@ impl Runner {
             keyd_fault: None,
             unreadable: Vec::new(),
             expires_unix_ms: None,
+            keys,
             key_refusals: BTreeMap::new(),
             pod_refusals: BTreeMap::new(),
             waiting: Vec::new(),
@@ -300,6 +290,7 @@ impl Runner {
             saved,
             observe_fault: None,
             dirty: true,
+            look: false,
             started: Instant::now(),
         }
     }
@@ -332,12 +323,14 @@ impl Runner {
                     self.dirty = true;
                 }
                 _ = forward.tick() => self.machine.allow_forward().await,
-                () = tokio::time::sleep_until(due) => self.dirty = true,
+                () = tokio::time::sleep_until(due) => self.wake(),
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
             if self.dirty {
                 self.reconcile().await;
+            } else if std::mem::take(&mut self.look) {
+                self.look().await;
             }
             self.health.beat();
         }
@@ -346,8 +339,27 @@ impl Runner {
         Ok(())
     }
 
+    /// Time has come for something: where it is only that a pair may be about to change, a look at the tunnels is enough.
+    fn wake(&mut self) {
+        match self.agent.next_look() {
+            Some(look)
+                if self.started + look <= Instant::now() && self.due_besides_looks() > Instant::now() =>
+            {
+                self.look = true;
+            }
+            _ => self.dirty = true,
+        }
+    }
+
     /// When something is to be done though nothing happens.
     fn due(&self) -> Instant {
+        let due = self.due_besides_looks();
+        self.agent
+            .next_look()
+            .map_or(due, |look| due.min(self.started + look))
+    }
+
+    fn due_besides_looks(&self) -> Instant {
         let mut due = Instant::now() + COMPARE_INTERVAL;
         if let Some(retry) = self.agent.next_retry() {
             due = due.min(self.started + retry);
@@ -388,6 +400,7 @@ impl Runner {
                 self.connected = Some(address);
                 self.keyd_fault = None;
                 self.acknowledged = None;
+                self.agent.begin_reports();
                 self.tell_pods();
                 self.dirty = true;
             }
@@ -398,13 +411,20 @@ impl Runner {
                 self.keyd_fault = Some(reason);
             }
             FromKeyd::Key {
-                slot,
+                generation,
                 refusal: Some(reason),
             } => {
-                self.key_refusals.insert(slot, reason);
+                self.key_refusals.insert(generation, reason);
             }
-            FromKeyd::Key { slot, refusal: None } => {
-                self.key_refusals.remove(&slot);
+            FromKeyd::Key {
+                generation,
+                refusal: None,
+            } => {
+                self.key_refusals.remove(&generation);
+            }
+            FromKeyd::NewKey => {
+                self.agent.set_keyring(self.keys.keyring());
+                self.dirty = true;
             }
         }
     }
@@ -428,6 +448,10 @@ impl Runner {
             Request::CniCheck(attachment) => cni::check(self, &attachment),
             Request::CniGc { valid } => cni::collect(self, &valid),
             Request::CniStatus => cni::status(self),
+            Request::EncryptStatus if self.dirty => {
+                self.reconcile().await;
+                Response::EncryptStatus(Box::new(status::encrypt(self).await))
+            }
             Request::EncryptStatus => Response::EncryptStatus(Box::new(status::encrypt(self).await)),
             Request::Status => Response::Status(Box::new(status::agent(self))),
             Request::Endpoints => return query::policies(self, None, false, reply),
@@ -458,6 +482,20 @@ impl Runner {
             tracing::info!(pod = ?endpoint.pod, "a pod's device is gone without a CNI DEL");
             self.tell_gone(endpoint);
         }
+        self.act().await;
+    }
+
+    /// Looks at the tunnels, for a pair that is about to change. What else there is, is as it was.
+    async fn look(&mut self) {
+        if let Err(error) = self.machine.look(&mut self.observed).await {
+            tracing::debug!(error = %format!("{error:#}"), "the tunnels cannot be looked at: looking at everything");
+            return self.reconcile().await;
+        }
+        self.act().await;
+    }
+
+    /// Plans and executes what follows from the last observation.
+    async fn act(&mut self) {
         let started = self.started;
         let steps = self.agent.plan(&self.observed, self.now());
         // Policy first: a pod is closed until then, and one with a new identity keeps what both allow.
@@ -471,9 +509,39 @@ impl Runner {
                 let _ = self.enforcer.send(ToEnforcer::Moved);
             }
         }
+        self.report_paths();
+        self.destroy_keys();
         self.save_endpoints();
         self.settle();
         self.health.set_ready(self.not_ready().is_none());
+    }
+
+    /// Tells `keyd` what the devices showed of the paths, where that has changed.
+    fn report_paths(&mut self) {
+        if self.connected.is_none() {
+            return;
+        }
+        let pairs = self.agent.path_reports(&self.observed, self.now());
+        if !pairs.is_empty() {
+            tracing::debug!(?pairs, "reporting paths");
+            let _ = self.to_keyd.send(ToKeyd::Paths(pairs));
+        }
+    }
+
+    /// Destroys private keys that are void and on no device any more.
+    fn destroy_keys(&mut self) {
+        let void = self.agent.void_keys(&self.observed);
+        if void.is_empty() {
+            return;
+        }
+        for generation in void {
+            if let Err(error) = self.keys.destroy(generation) {
+                tracing::error!(generation, error = %format!("{error:#}"), "a void key is still on disk");
+            }
+            self.key_refusals.remove(&generation);
+        }
+        self.agent.set_keyring(self.keys.keyring());
+        let _ = self.to_keyd.send(ToKeyd::Held);
     }
 
     /// Tells policy of the endpoints where these changed, and waits until theirs are written.

@@ -1,6 +1,7 @@
 //! What this node's encryption really is, and how it is told.
 
 use std::{
+    cmp::Ordering,
     collections::BTreeMap,
     fmt::Write as _,
     process::ExitCode,
@@ -8,8 +9,8 @@ use std::{
 };
 
 use warren_agent_api::{
-    AgentStatus, EncryptStatus, EndpointStatus, InterfaceStatus, PeerStatus, PolicySummary, Request,
-    Response, call,
+    AgentStatus, EncryptStatus, EndpointStatus, GenerationStatus, InterfaceStatus, KeyPhase, KeyState,
+    KeyStatus, PeerStatus, PolicySummary, Request, Response, call,
 };
 use warren_agent_core::{mismatches, slot_device};
 use warren_keyd_api::{convert, proto};
@@ -62,6 +63,7 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
         enabled: encryption && faults.is_empty(),
         mismatches: faults,
         datapath: runner.machine.datapath(),
+        keys: keys(runner),
         interfaces,
         peers,
         exemptions: exemptions(runner),
@@ -73,19 +75,19 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
 fn differences(runner: &mut Runner) -> Vec<String> {
     let mut observed = runner.observed.clone();
     let now = runner.now();
-    let keys = observed
+    let places = observed
         .state
         .devices
-        .values()
-        .flat_map(|device| device.wireguard.peers.keys().copied());
-    let present: std::collections::BTreeSet<_> = keys.collect();
-    runner.peers_since.retain(|key, _| present.contains(key));
-    for key in present {
-        runner.peers_since.entry(key).or_insert(now);
+        .iter()
+        .flat_map(|(slot, device)| device.wireguard.peers.keys().map(|key| (*slot, *key)));
+    let present: std::collections::BTreeSet<_> = places.collect();
+    runner.peers_since.retain(|place, _| present.contains(place));
+    for place in present {
+        runner.peers_since.entry(place).or_insert(now);
     }
-    for device in observed.state.devices.values_mut() {
+    for (slot, device) in &mut observed.state.devices {
         for (key, peer) in &mut device.wireguard.peers {
-            let since = runner.peers_since.get(key).copied().unwrap_or(now);
+            let since = runner.peers_since.get(&(*slot, *key)).copied().unwrap_or(now);
             peer.silent &= now.saturating_sub(since) > Duration::from_secs(FRESH);
         }
     }
@@ -99,20 +101,26 @@ fn differences(runner: &mut Runner) -> Vec<String> {
 
 async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
     let (mut interfaces, mut peers) = (Vec::new(), Vec::new());
-    for slot in &runner.agent.settings().slots {
-        let Some(device) = runner.observed.state.devices.get(&slot.slot) else {
+    let keys = keys(runner).generations;
+    for (slot, device) in &runner.observed.state.devices {
+        let public_key = device.wireguard.public_key;
+        // A device that no path needs is no interface of the mesh, but for the first, which has the routes.
+        if public_key.is_none() && *slot != 0 {
             continue;
-        };
-        let name = slot_device(slot.slot);
+        }
+        let name = slot_device(*slot);
         interfaces.push(InterfaceStatus {
             name: name.clone(),
-            slot: slot.slot,
+            slot: *slot,
             port: device.wireguard.port,
-            public_key: device.wireguard.public_key,
-            generation: slot.generation,
+            public_key,
+            generation: keys
+                .iter()
+                .find(|key| Some(key.public_key) == public_key)
+                .map_or(0, |key| key.generation),
             mtu: device.mtu,
         });
-        let Ok(dump) = runner.machine.dump(slot.slot).await else {
+        let Ok(dump) = runner.machine.dump(*slot).await else {
             continue;
         };
         let now = SystemTime::now();
@@ -132,6 +140,78 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
         }));
     }
     (interfaces, peers)
+}
+
+/// This node's keys, and how far a change of them is.
+fn keys(runner: &Runner) -> KeyStatus {
+    let tally = runner.agent.tally(&runner.observed);
+    let held = runner.agent.keyring().held();
+    let own = runner.agent.own_keys();
+    let void = own
+        .as_ref()
+        .map_or_else(Vec::new, |own| runner.agent.keyring().void(own));
+    let mut generations = BTreeMap::new();
+    for (generation, key) in held {
+        let state = match void.contains(generation) {
+            true => KeyState::Void,
+            false => KeyState::Offered,
+        };
+        generations.insert((*generation, *key), state);
+    }
+    for slot in own.iter().flat_map(|own| &own.slots) {
+        let state = match own.as_ref().map(|own| own.active.cmp(&slot.generation)) {
+            Some(Ordering::Less) => KeyState::Next,
+            Some(Ordering::Greater) => KeyState::Former,
+            Some(Ordering::Equal) | None => KeyState::Active,
+        };
+        generations.insert((slot.generation, slot.public_key), state);
+    }
+    let has = |wanted| generations.values().any(|state| *state == wanted);
+    let phase = match () {
+        () if has(KeyState::Former) && tally.switched < tally.pairs => KeyPhase::Switching,
+        () if has(KeyState::Former) => KeyPhase::Draining,
+        () if has(KeyState::Next) => KeyPhase::Verifying,
+        () if has(KeyState::Offered) => KeyPhase::Preparing,
+        () if has(KeyState::Void) => KeyPhase::Retiring,
+        () if has(KeyState::Active) => KeyPhase::Settled,
+        () => KeyPhase::None,
+    };
+    let generations = generations.into_iter().map(|((generation, public_key), state)| {
+        let held = held.get(&generation) == Some(&public_key);
+        GenerationStatus {
+            generation,
+            public_key,
+            state,
+            held,
+        }
+    });
+    KeyStatus {
+        generations: generations.collect(),
+        phase,
+        pairs: tally.pairs,
+        verified: tally.verified,
+        switched: tally.switched,
+        draining: tally.draining,
+    }
+}
+
+fn keys_text(out: &mut String, keys: &KeyStatus) {
+    let _ = writeln!(out, "Keys: {}", keys.phase);
+    for key in &keys.generations {
+        let lost = if key.held { "" } else { ", private key lost" };
+        let _ = writeln!(
+            out,
+            "  generation {}: {} ({}{lost})",
+            key.generation, key.public_key, key.state
+        );
+    }
+    if keys.generations.len() > 1 || keys.draining > 0 {
+        let _ = writeln!(
+            out,
+            "  peers: {} verified, {} switched, {} draining, of {}",
+            keys.verified, keys.switched, keys.draining, keys.pairs
+        );
+    }
 }
 
 fn exemptions(runner: &Runner) -> Vec<String> {
@@ -365,6 +445,7 @@ fn encrypt_text(status: &EncryptStatus) -> String {
         Datapath::Userspace => "userspace",
     };
     let _ = writeln!(out, "Datapath: {datapath}");
+    keys_text(&mut out, &status.keys);
     for interface in &status.interfaces {
         let key = interface
             .public_key
@@ -526,6 +607,7 @@ mod tests {
             enabled: false,
             mismatches: vec!["warren0 is down".into()],
             datapath: Datapath::Userspace,
+            keys: KeyStatus::default(),
             interfaces: vec![],
             peers: vec![],
             exemptions: vec!["x".into()],

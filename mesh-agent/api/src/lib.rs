@@ -299,6 +299,9 @@ pub struct EncryptStatus {
     pub mismatches: Vec<String>,
     /// What moves the packets.
     pub datapath: Datapath,
+    /// This node's keys, and how far a change of them is.
+    #[serde(default)]
+    pub keys: KeyStatus,
     /// One per slot in use.
     pub interfaces: Vec<InterfaceStatus>,
     /// One per peer and slot.
@@ -307,6 +310,101 @@ pub struct EncryptStatus {
     pub exemptions: Vec<String>,
     /// Packets dropped, by reason.
     pub drops: Vec<(String, u64)>,
+}
+
+/// The keys of a node and the paths that they make.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyStatus {
+    /// All that this node has or had published, by generation.
+    pub generations: Vec<GenerationStatus>,
+    /// How far a change of this node's key is.
+    pub phase: KeyPhase,
+    /// Peers with a path.
+    pub pairs: usize,
+    /// Of them, those whose newest path has a fresh handshake.
+    pub verified: usize,
+    /// Of them, those that are sent to with the active keys of both ends.
+    pub switched: usize,
+    /// Of them, those whose former path is still received on.
+    pub draining: usize,
+}
+
+/// A key of a node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GenerationStatus {
+    /// Its number; each new key has a higher one.
+    pub generation: u64,
+    /// The public half.
+    pub public_key: PublicKey,
+    /// What it is for.
+    pub state: KeyState,
+    /// The private half is on this node's disk.
+    pub held: bool,
+}
+
+/// What a key is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum KeyState {
+    /// Made, and not accepted by `keyd` yet.
+    Offered,
+    /// Published; nobody sends with it yet.
+    Next,
+    /// The one that is sent with.
+    Active,
+    /// Still received with.
+    Former,
+    /// About to be destroyed.
+    Void,
+}
+
+/// How far a change of a node's key is, as the node itself sees it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum KeyPhase {
+    /// No key at all.
+    #[default]
+    None,
+    /// One key, and nothing else.
+    Settled,
+    /// A new key is made and proved.
+    Preparing,
+    /// Handshakes with it.
+    Verifying,
+    /// Pairs move to it.
+    Switching,
+    /// The former one is only received with.
+    Draining,
+    /// The former one is destroyed.
+    Retiring,
+}
+
+impl std::fmt::Display for KeyPhase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::None => "no key yet",
+            Self::Settled => "settled",
+            Self::Preparing => "preparing a new key",
+            Self::Verifying => "verifying the new key",
+            Self::Switching => "switching to the new key",
+            Self::Draining => "draining the former key",
+            Self::Retiring => "retiring the former key",
+        })
+    }
+}
+
+impl std::fmt::Display for KeyState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Offered => "offered",
+            Self::Next => "next",
+            Self::Active => "active",
+            Self::Former => "former",
+            Self::Void => "void",
+        })
+    }
 }
 
 /// A WireGuard device of this node.

@@ -114,6 +114,10 @@ pub enum Action {
     RemoveOwner(IpNet),
     /// Write a node's path.
     SetPath(u16, NodePath),
+    /// Receive from a node on more slots; it is sent to as before.
+    WidenPath(u16, NodePath),
+    /// Receive from a node on fewer slots; it is sent to as before.
+    NarrowPath(u16, NodePath),
     /// Remove a node's path.
     RemovePath(u16),
     /// Write a local endpoint.
@@ -131,6 +135,8 @@ pub enum Gate {
     Key(u8),
     /// A peer of a slot.
     Peer(u8, PublicKey),
+    /// What is received from a node.
+    Receive(u16),
     /// The entry of a local pod.
     Endpoint(u32),
 }
@@ -145,6 +151,7 @@ impl Action {
             | Self::DeviceUp(slot) => Some(Gate::Device(*slot)),
             Self::SetKey { slot, .. } => Some(Gate::Key(*slot)),
             Self::SetPeer { slot, peer, .. } => Some(Gate::Peer(*slot, *peer)),
+            Self::WidenPath(node, _) => Some(Gate::Receive(*node)),
             Self::SetEndpoint(ifindex, _) => Some(Gate::Endpoint(*ifindex)),
             _ => None,
         }
@@ -158,8 +165,8 @@ impl Action {
             | Self::DeviceUp(slot)
             | Self::SetMtu { slot, .. }
             | Self::SetRoute(_, Route::Tunnel { slot, .. })
-            | Self::SetPath(_, NodePath { slot, .. })
             | Self::SetKey { slot, .. } => vec![Gate::Device(*slot)],
+            Self::SetPath(node, NodePath { slot, .. }) => vec![Gate::Device(*slot), Gate::Receive(*node)],
             Self::SetPeer { slot, .. } => vec![Gate::Device(*slot), Gate::Key(*slot)],
             Self::AddAllowedIp { slot, peer, .. } => {
                 vec![Gate::Device(*slot), Gate::Key(*slot), Gate::Peer(*slot, *peer)]
@@ -232,6 +239,8 @@ impl fmt::Display for Action {
             Self::SetOwner(prefix, _) => write!(f, "set the owner of {prefix}"),
             Self::RemoveOwner(prefix) => write!(f, "remove the owner of {prefix}"),
             Self::SetPath(node, _) => write!(f, "set the path of node index {node}"),
+            Self::WidenPath(node, _) => write!(f, "receive from node index {node} on more devices"),
+            Self::NarrowPath(node, _) => write!(f, "receive from node index {node} on fewer devices"),
             Self::RemovePath(node) => write!(f, "remove the path of node index {node}"),
             Self::SetEndpoint(ifindex, _) => write!(f, "set the pod of interface {ifindex}"),
             Self::RemoveEndpoint(ifindex) => write!(f, "remove the pod of interface {ifindex}"),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use warren_model::{
-    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, PodRef, PublicKey,
+    ClusterConfig, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, PodRef, PublicKey,
     directory::{self, Checked},
 };
 
@@ -20,7 +20,8 @@ use crate::{
     plan::plan,
     policy::LocalEndpoint,
     retry::Retries,
-    state::{Observed, Slot, State},
+    slots::{Keyring, PairReport, Pairs, Seeing, Tally},
+    state::{Observed, State},
 };
 
 /// What does not change while an agent runs.
@@ -30,8 +31,6 @@ pub struct Settings {
     pub config: ClusterConfig,
     /// This node.
     pub node: NodeName,
-    /// Its tunnel devices, the one that carries all routes first.
-    pub slots: Vec<Slot>,
 }
 
 /// The agent's memory.
@@ -40,6 +39,8 @@ pub struct Agent {
     settings: Settings,
     directory: Option<(Directory, Checked)>,
     endpoints: Endpoints,
+    keyring: Keyring,
+    pairs: Pairs,
     indexes: NodeIndexes,
     /// Endpoints that devices were given, by slot and peer: the directory's word is passed on once, so that
     /// roaming survives.
@@ -55,10 +56,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// An agent that knows nothing yet.
-    pub fn new(settings: Settings) -> Self {
+    /// An agent that knows nothing yet but the private keys that it has.
+    pub fn new(settings: Settings, keyring: Keyring) -> Self {
         Self {
             settings,
+            keyring,
+            pairs: Pairs::default(),
             directory: None,
             endpoints: Endpoints::default(),
             indexes: NodeIndexes::default(),
@@ -186,6 +189,67 @@ impl Agent {
             .map(|node| &node.name)
     }
 
+    /// This node's keys as the directory has them; `None` without a record of it.
+    pub fn own_keys(&self) -> Option<NodeKeys> {
+        self.own_record().map(NodeRecord::keys)
+    }
+
+    /// The private keys that are on disk.
+    pub fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
+    /// A private key was made or destroyed, on disk and synced.
+    pub fn set_keyring(&mut self, keyring: Keyring) {
+        self.keyring = keyring;
+    }
+
+    /// Private keys to destroy now: void, and on no device.
+    pub fn void_keys(&self, observed: &Observed) -> Vec<u64> {
+        let Some(own) = self.own_keys() else {
+            return Vec::new();
+        };
+        let in_use = |key: &PublicKey| {
+            let mut devices = observed.state.devices.values();
+            devices.any(|device| device.wireguard.public_key == Some(*key))
+        };
+        let mut void = self.keyring.void(&own);
+        void.retain(|generation| !self.keyring.held().get(generation).is_some_and(in_use));
+        void
+    }
+
+    /// A stream to `keyd` began: it knows nothing of this node's paths.
+    pub fn begin_reports(&mut self) {
+        self.pairs.begin_reports();
+    }
+
+    /// What has changed of the paths since the last call, for `keyd`.
+    pub fn path_reports(&mut self, observed: &Observed, now: Duration) -> Vec<PairReport> {
+        let Some((_, checked)) = &self.directory else {
+            return Vec::new();
+        };
+        let own = checked.nodes.get(&self.settings.node).map(NodeRecord::keys);
+        let seeing = seeing(&self.settings, own.as_ref(), &self.keyring, &observed.state);
+        let peers = peers(&self.settings, checked, &self.indexes);
+        self.pairs.reports(now, &seeing, peers)
+    }
+
+    /// Where the pairs are.
+    pub fn tally(&self, observed: &Observed) -> Tally {
+        let Some((_, checked)) = &self.directory else {
+            return Tally::default();
+        };
+        let own = checked.nodes.get(&self.settings.node).map(NodeRecord::keys);
+        let seeing = seeing(&self.settings, own.as_ref(), &self.keyring, &observed.state);
+        let peers = peers(&self.settings, checked, &self.indexes);
+        self.pairs.tally(&seeing, peers)
+    }
+
+    /// When devices are to be looked at again though nothing happens: a pair is about to change.
+    pub fn next_look(&self) -> Option<Duration> {
+        self.pairs.next_look()
+    }
+
     /// The labels of an identity.
     pub fn labels(&self, identity: IdentityId) -> Option<&Labels> {
         let (directory, _) = self.directory.as_ref()?;
@@ -201,7 +265,7 @@ impl Agent {
     /// The steps that are due at `now` (any clock that only goes forward). Steps that failed and wait for
     /// their next try are left out; [`Agent::may_run`] tells of each step whether what it rests on is there.
     pub fn plan(&mut self, observed: &Observed, now: Duration) -> Vec<Action> {
-        self.refresh(observed);
+        self.refresh(observed, now);
         let prune = self.directory.is_some() || !self.settings.config.encryption;
         let steps = plan(&self.desired, &observed.state, prune);
         self.open = steps.iter().map(|step| (step.subject(), step.clone())).collect();
@@ -219,7 +283,7 @@ impl Agent {
     }
 
     /// Computes what is wanted from what is known.
-    fn refresh(&mut self, observed: &Observed) {
+    fn refresh(&mut self, observed: &Observed, now: Duration) {
         if let Some((_, checked)) = &self.directory {
             if !self.adopted {
                 self.indexes.adopt(
@@ -230,7 +294,17 @@ impl Agent {
             let names = checked.nodes.keys().filter(|name| **name != self.settings.node);
             self.indexes.assign(names, &observed.state);
         }
-        let (state, mut problems) = desired(&self.inputs(observed));
+        let own = self.own_keys();
+        if let Some((_, checked)) = self
+            .directory
+            .as_ref()
+            .filter(|_| self.settings.config.encryption)
+        {
+            let seeing = seeing(&self.settings, own.as_ref(), &self.keyring, &observed.state);
+            let peers = peers(&self.settings, checked, &self.indexes);
+            self.pairs.update(now, &seeing, peers);
+        }
+        let (state, mut problems) = desired(&self.inputs(own.as_ref(), observed));
         self.desired = state;
         if let Some((_, checked)) = &self.directory {
             problems.extend(checked.refused.iter().map(ToString::to_string));
@@ -243,11 +317,12 @@ impl Agent {
         self.settle_given(observed);
     }
 
-    fn inputs<'a>(&'a self, observed: &'a Observed) -> Inputs<'a> {
+    fn inputs<'a>(&'a self, own: Option<&'a NodeKeys>, observed: &'a Observed) -> Inputs<'a> {
         Inputs {
             config: &self.settings.config,
             node: &self.settings.node,
-            slots: &self.settings.slots,
+            own,
+            pairs: &self.pairs,
             directory: self
                 .directory
                 .as_ref()
@@ -386,4 +461,28 @@ impl Agent {
     pub fn desired(&self) -> &State {
         &self.desired
     }
+}
+
+fn seeing<'a>(
+    settings: &Settings,
+    own: Option<&'a NodeKeys>,
+    keyring: &'a Keyring,
+    state: &'a State,
+) -> Seeing<'a> {
+    Seeing {
+        own,
+        keyring,
+        state,
+        keepalive: settings.config.keepalive_seconds,
+    }
+}
+
+/// All other nodes with their numbers.
+fn peers<'a>(
+    settings: &'a Settings,
+    checked: &'a Checked,
+    indexes: &'a NodeIndexes,
+) -> impl Iterator<Item = (u16, &'a NodeRecord)> {
+    let others = checked.nodes.values().filter(|node| node.name != settings.node);
+    others.filter_map(|node| Some((indexes.of(&node.name)?, node)))
 }

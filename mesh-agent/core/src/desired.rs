@@ -7,16 +7,17 @@ use std::{
 
 use ipnet::IpNet;
 use warren_model::{
-    ClusterConfig, IdentityId, NodeName, NodeRecord, PublicKey, SlotKey, WorkloadRecord, directory::Checked,
+    ClusterConfig, IdentityId, NodeKeys, NodeName, NodeRecord, PublicKey, WorkloadRecord, directory::Checked,
 };
 
 use crate::{
     directory::Directory,
     endpoint::Endpoints,
     index::NodeIndexes,
+    slots::{self, Pairs},
     state::{
-        Device, EndpointEntry, Firewall, Link, LinkKind, NodePath, Owner, Peer, Programs, Route, RouteKey,
-        Rule, Slot, State, Table, WireGuard, metric,
+        Device, EndpointEntry, Firewall, Link, LinkKind, Owner, Peer, Programs, Route, RouteKey, Rule, State,
+        Table, WireGuard, metric,
     },
 };
 
@@ -30,6 +31,8 @@ const OVERHEAD_V4: u32 = 68;
 const SMALLEST_MTU: u32 = 1280;
 /// What an underlay is taken for until its device is known.
 const USUAL_MTU: u32 = 1500;
+/// The slot whose device carries all routes.
+const FIRST_SLOT: u8 = 0;
 /// Rule preference for [`Table::Pods`].
 const PODS_PREFERENCE: u32 = 90;
 /// Rule preference for [`Table::Nodes`].
@@ -49,7 +52,10 @@ pub fn slot_address(slot: u8) -> IpNet {
 pub(crate) struct Inputs<'a> {
     pub(crate) config: &'a ClusterConfig,
     pub(crate) node: &'a NodeName,
-    pub(crate) slots: &'a [Slot],
+    /// This node's keys as the directory has them; `None` without a record of it.
+    pub(crate) own: Option<&'a NodeKeys>,
+    /// What each peer is reached by.
+    pub(crate) pairs: &'a Pairs,
     /// The directory after its rules were applied; `None` until one is known.
     pub(crate) directory: Option<(&'a Directory, &'a Checked)>,
     pub(crate) endpoints: &'a Endpoints,
@@ -347,44 +353,34 @@ impl Inputs<'_> {
         }
     }
 
-    /// The tunnel devices, their peers, the routes into them and the paths.
+    /// The tunnel devices, their peers, the routes into them and the paths. The first device has all routes, whichever
+    /// one sends; a device that no path needs is left as it is, without key and peers.
     fn peers(&self, state: &mut State) {
-        let Some(main) = self.slots.first().map(|slot| slot.slot) else {
-            return;
-        };
-        let mut peers = BTreeMap::new();
+        let mut peers: [BTreeMap<PublicKey, Peer>; slots::KEY_SLOTS as usize] = Default::default();
         let mut over_ipv6 = self.underlay().any(|(address, _)| address.is_ipv6());
         for node in self.remote_nodes() {
-            let (Some(key), Some(index)) = (peer_key(node, main), self.index(&node.name)) else {
+            let (Some(pair), Some(index)) = (self.pairs.get(&node.name), self.index(&node.name)) else {
                 continue;
             };
-            let endpoint = self.endpoint_of(node, key);
-            over_ipv6 |= endpoint.is_some_and(|endpoint| endpoint.is_ipv6());
-            let given = self.given.get(&(main, key.public_key)).copied();
-            let allowed_ips = node
-                .prefixes
-                .iter()
-                .copied()
-                .chain(node.addresses.iter().map(|&a| a.into()))
-                .collect();
-            peers.insert(
-                key.public_key,
-                Peer {
+            for (path, keepalive) in pair.paths.iter().zip(&pair.keepalives) {
+                let endpoint = self.endpoint_of(node, path.port);
+                over_ipv6 |= endpoint.is_some_and(|endpoint| endpoint.is_ipv6());
+                let given = self.given.get(&(path.slot, path.key)).copied();
+                let peer = Peer {
                     endpoint,
-                    keepalive: self.config.keepalive_seconds,
-                    allowed_ips,
+                    keepalive: *keepalive,
+                    allowed_ips: slots::prefixes(node),
                     endpoint_is_new: endpoint.is_some() && given != endpoint,
-                    silent: false,
-                },
-            );
-            state.paths.insert(
-                index,
-                NodePath {
-                    slot: main,
-                    receive: 1 << main,
-                },
-            );
-            self.routes_to(node, main, state);
+                    ..Peer::default()
+                };
+                if let Some(peers) = peers.get_mut(usize::from(path.slot)) {
+                    peers.insert(path.key, peer);
+                }
+            }
+            if let Some(path) = slots::node_path(&pair.paths, pair.sending) {
+                state.paths.insert(index, path);
+                self.routes_to(node, state);
+            }
         }
         let underlay = self
             .underlay()
@@ -393,20 +389,19 @@ impl Inputs<'_> {
             .unwrap_or(USUAL_MTU);
         let overhead = if over_ipv6 { OVERHEAD_V6 } else { OVERHEAD_V4 };
         let mtu = underlay.saturating_sub(overhead).max(SMALLEST_MTU);
-        for slot in self.slots {
-            let peers = if slot.slot == main {
-                std::mem::take(&mut peers)
-            } else {
-                BTreeMap::new()
-            };
+        for ((slot, open), peers) in (0..).zip(self.pairs.open()).zip(peers) {
+            if open.is_none() && slot != FIRST_SLOT {
+                continue;
+            }
+            let key = open.and_then(|generation| self.own?.key(generation));
             let wireguard = WireGuard {
-                public_key: Some(slot.public_key),
-                port: slot.port,
+                public_key: key,
+                port: key.map_or(0, |_| self.config.slot_port(slot)),
                 peers,
             };
-            let address = Some(slot_address(slot.slot));
+            let address = Some(slot_address(slot));
             state.devices.insert(
-                slot.slot,
+                slot,
                 Device {
                     exists: true,
                     up: true,
@@ -419,7 +414,7 @@ impl Inputs<'_> {
         }
     }
 
-    fn routes_to(&self, node: &NodeRecord, slot: u8, state: &mut State) {
+    fn routes_to(&self, node: &NodeRecord, state: &mut State) {
         let pods = node.prefixes.iter().map(|&prefix| (Table::Pods, prefix));
         let hosts = node
             .addresses
@@ -433,20 +428,23 @@ impl Inputs<'_> {
                     prefix,
                     metric: metric::ROUTE,
                 },
-                Route::Tunnel { slot, source },
+                Route::Tunnel {
+                    slot: FIRST_SLOT,
+                    source,
+                },
             );
         }
     }
 
     /// The peer's best endpoint of a family that this node has in the underlay.
-    fn endpoint_of(&self, node: &NodeRecord, key: &SlotKey) -> Option<SocketAddr> {
+    fn endpoint_of(&self, node: &NodeRecord, port: u16) -> Option<SocketAddr> {
         let families: BTreeSet<bool> = self.underlay().map(|(address, _)| address.is_ipv6()).collect();
         // Where none of the own addresses is on a device, the order of the directory decides.
         let usable = |address: &&IpAddr| families.is_empty() || families.contains(&address.is_ipv6());
         node.endpoints
             .iter()
             .find(usable)
-            .map(|address| SocketAddr::new(*address, key.port))
+            .map(|address| SocketAddr::new(*address, port))
     }
 
     fn endpoints(&self, owners: &Owners<'_>, state: &mut State) {
@@ -504,12 +502,4 @@ impl Inputs<'_> {
         };
         gateway || ports().any(|port| self.endpoints.by_link(port.ifindex).is_some())
     }
-}
-
-/// The key of a peer that belongs on our device of a slot: the one of the same slot, else its first.
-fn peer_key(node: &NodeRecord, slot: u8) -> Option<&SlotKey> {
-    node.slots
-        .iter()
-        .find(|key| key.slot == slot)
-        .or_else(|| node.slots.first())
 }

@@ -32,6 +32,6 @@ pub use plan::plan;
 pub use retry::{Failure, Retries};
 pub use state::{
     Device, EndpointEntry, Firewall, Link, LinkKind, NodePath, Observed, Owner, Peer, Programs, Route,
-    RouteKey, Rule, Slot, State, Table, WireGuard, metric,
+    RouteKey, Rule, State, Table, WireGuard, metric,
 };
 pub use verify::mismatches;

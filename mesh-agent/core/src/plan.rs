@@ -6,11 +6,16 @@
 //!  3 node addresses                   the barrier knows new nodes before their peers exist
 //!  4 devices                          down -> programs -> address -> key -> up
 //!  5 what goes                        path, owner, route (the blackhole stays) ...
-//!  6 peers                            new ones and their prefixes, then those that leave
-//!  7 what comes                       owner, path, route
-//!  8 endpoints                        entry, and only then pod programs in place of the barrier
-//!  9 covers that are no longer wanted
+//!  6 receive bits                     what a peer may send soon is accepted before it can
+//!  7 new peers and their prefixes
+//!  8 what comes                       owner, path (a pair moves here), route
+//!  9 peers that leave, devices that are emptied, receive bits of both
+//! 10 endpoints                        entry, and only then pod programs in place of the barrier
+//! 11 covers that are no longer wanted
 //! ```
+//!
+//! Which path a pair has, and when it moves, is decided in [`crate::slots`]; private keys are destroyed by whoever has
+//! them, once [`crate::Agent::void_keys`] says that no device has them.
 
 use std::{cmp::Reverse, collections::BTreeMap};
 
@@ -18,7 +23,7 @@ use warren_model::PublicKey;
 
 use crate::{
     action::Action,
-    state::{Device, Peer, Programs, Route, RouteKey, State, WireGuard},
+    state::{Device, NodePath, Peer, Programs, Route, RouteKey, State, WireGuard},
 };
 
 /// The steps from `observed` to `desired`. With `prune` false nothing is removed that a directory might still
@@ -36,8 +41,13 @@ pub fn plan(desired: &State, observed: &State, prune: bool) -> Vec<Action> {
     if prune {
         steps.unreach();
     }
-    steps.peers();
+    steps.widen();
+    steps.new_peers();
     steps.reach();
+    if prune {
+        steps.old_peers();
+        steps.narrow();
+    }
     steps.endpoints();
     if prune {
         steps.uncover();
@@ -161,27 +171,61 @@ impl Plan<'_> {
         }
     }
 
-    fn peers(&mut self) {
-        let absent = Device::default();
-        for (&slot, wanted) in &self.desired.devices {
-            let found = &self
-                .observed
-                .devices
-                .get(&slot)
-                .unwrap_or(&absent)
-                .wireguard
-                .peers;
-            // A new key of the device ends all sessions, but peers and prefixes stay.
-            self.add_peers(slot, &wanted.wireguard.peers, found);
-            if self.prune {
-                self.remove_peers(slot, &wanted.wireguard.peers, found);
+    /// The path that a node has in the meantime: it sends and receives as before, and receives already on what is new.
+    fn meanwhile(&self, node: u16) -> Option<NodePath> {
+        let found = self.observed.paths.get(&node)?;
+        let device = self.observed.devices.get(&found.slot)?;
+        let wanted = self.desired.paths.get(&node)?;
+        device.exists.then_some(NodePath {
+            slot: found.slot,
+            receive: found.receive | wanted.receive,
+        })
+    }
+
+    fn widen(&mut self) {
+        for &node in self.desired.paths.keys() {
+            if let Some(path) = self.meanwhile(node)
+                && self.observed.paths.get(&node) != Some(&path)
+            {
+                self.push(Action::WidenPath(node, path));
             }
         }
-        if self.prune {
-            for (&slot, found) in &self.observed.devices {
-                if !self.desired.devices.contains_key(&slot) && found.wireguard != WireGuard::default() {
+    }
+
+    fn narrow(&mut self) {
+        for (&node, path) in &self.desired.paths {
+            if self
+                .meanwhile(node)
+                .is_some_and(|there| there.receive != path.receive)
+            {
+                self.push(Action::NarrowPath(node, *path));
+            }
+        }
+    }
+
+    fn new_peers(&mut self) {
+        let absent = Device::default();
+        for (&slot, wanted) in &self.desired.devices {
+            let found = self.observed.devices.get(&slot).unwrap_or(&absent);
+            // A new key of the device ends all sessions, but peers and prefixes stay.
+            self.add_peers(slot, &wanted.wireguard.peers, &found.wireguard.peers);
+        }
+    }
+
+    fn old_peers(&mut self) {
+        for (&slot, found) in &self.observed.devices {
+            let wanted = self
+                .desired
+                .devices
+                .get(&slot)
+                .map(|device| &device.wireguard)
+                .filter(|wireguard| wireguard.public_key.is_some());
+            match wanted {
+                Some(wanted) => self.remove_peers(slot, &wanted.peers, &found.wireguard.peers),
+                None if found.wireguard.public_key.is_some() || !found.wireguard.peers.is_empty() => {
                     self.push(Action::ClearDevice(slot));
                 }
+                None => {}
             }
         }
     }
@@ -232,9 +276,14 @@ impl Plan<'_> {
                 self.push(Action::SetOwner(prefix, *owner));
             }
         }
-        for (&node, path) in &self.desired.paths {
-            if self.observed.paths.get(&node) != Some(path) {
-                self.push(Action::SetPath(node, *path));
+        for (&node, wanted) in &self.desired.paths {
+            let there = self.meanwhile(node);
+            let path = NodePath {
+                slot: wanted.slot,
+                receive: there.map_or(wanted.receive, |there| there.receive),
+            };
+            if there != Some(path) {
+                self.push(Action::SetPath(node, path));
             }
         }
         for (key, route) in &self.desired.routes {

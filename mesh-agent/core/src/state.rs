@@ -73,6 +73,8 @@ pub struct Peer {
     pub endpoint_is_new: bool,
     /// Observed: the last handshake is so old (or never was) that the device's endpoint proves nothing.
     pub silent: bool,
+    /// Observed: bytes received from the peer on this device.
+    pub received: u64,
 }
 
 /// The tables that the agent writes to.
@@ -236,19 +238,6 @@ pub struct Observed {
     pub links: Vec<Link>,
     /// The part that the agent owns.
     pub state: State,
-}
-
-/// A tunnel device of this node: its key and port.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Slot {
-    /// 0 to 2.
-    pub slot: u8,
-    /// UDP port.
-    pub port: u16,
-    /// Key generation.
-    pub generation: u64,
-    /// Its public key.
-    pub public_key: PublicKey,
 }
 
 /// A handshake that is older than this proves nothing any more (WireGuard's reject-after time).

@@ -1,18 +1,28 @@
 //! What differs between what is wanted and what is there, in words, for `encrypt status`.
 
+use std::collections::BTreeMap;
+
 use ipnet::IpNet;
 use warren_model::PublicKey;
 
 use crate::{
     action::{RouteText, RuleText},
     desired::slot_device,
-    state::{Device, Link, Observed, Peer, Programs, State},
+    state::{Device, Link, NodePath, Observed, Peer, Programs, State},
 };
 
 /// Every difference that matters for encryption, a sentence each. `name` names the node of a peer's key.
 pub fn mismatches(desired: &State, observed: &Observed, name: impl Fn(&PublicKey) -> String) -> Vec<String> {
     let mut out = Vec::new();
     let found = &observed.state;
+    for (slot, device) in &found.devices {
+        if !desired.devices.contains_key(slot) && device.wireguard.public_key.is_some() {
+            out.push(format!(
+                "{} has a key, although nothing needs it",
+                slot_device(*slot)
+            ));
+        }
+    }
     for (&slot, wanted) in &desired.devices {
         match found.devices.get(&slot).filter(|device| device.exists) {
             Some(device) => device_faults(&slot_device(slot), wanted, device, &name, &mut out),
@@ -66,12 +76,13 @@ fn device_faults(
         format!("has MTU {} instead of {}", found.mtu, wanted.mtu),
     );
     let (own, wants) = (&found.wireguard, &wanted.wireguard);
-    match own.public_key {
-        None => fault(true, "has no key".into()),
-        Some(key) => fault(
-            Some(key) != wants.public_key,
-            format!("has key {key}, which is not this node's"),
-        ),
+    match (own.public_key, wants.public_key) {
+        (Some(key), Some(wanted)) if key == wanted => {}
+        // One that no path needs has none.
+        (None, None) => return,
+        (None, Some(_)) => fault(true, "has no key".into()),
+        (Some(key), Some(_)) => fault(true, format!("has key {key}, which is not this node's")),
+        (Some(key), None) => fault(true, format!("has key {key}, although nothing needs it")),
     }
     fault(
         own.port != wants.port,
@@ -141,7 +152,18 @@ fn map_faults(desired: &State, found: &State, out: &mut Vec<String>) {
             "the eBPF map has an owner of {prefix} that the directory does not know"
         ));
     }
-    if desired.paths != found.paths {
+    // Which of its slots sends is not a fault: a pair moves when it is ready.
+    let receives = |paths: &BTreeMap<u16, NodePath>| -> Vec<(u16, u8, bool)> {
+        let path = |(node, path): (&u16, &NodePath)| {
+            (
+                *node,
+                path.receive,
+                path.slot < 8 && path.receive & (1 << path.slot) != 0,
+            )
+        };
+        paths.iter().map(path).collect()
+    };
+    if receives(&desired.paths) != receives(&found.paths) {
         out.push("the paths to nodes in the eBPF map are not as wanted".into());
     }
     if desired.node_addresses != found.node_addresses {

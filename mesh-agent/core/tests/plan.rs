@@ -4,9 +4,7 @@ mod common;
 
 use std::{net::SocketAddr, time::Duration};
 
-use common::{
-    apply, bare, barred, comparable, config, converge, covered, directory, key, link, node, settings,
-};
+use common::{apply, bare, barred, comparable, config, converge, covered, directory, key, link, node};
 use warren_agent_core::{
     Action, Agent, Endpoint, EndpointKey, LinkKind, NodePath, Observed, Programs, Route, RouteKey, Table,
     metric, mismatches,
@@ -14,7 +12,7 @@ use warren_agent_core::{
 use warren_model::{IdentityId, PodRef, WorkloadRecord};
 
 fn agent() -> Agent {
-    Agent::new(settings(config()))
+    common::agent_with(config())
 }
 
 fn pods_route(prefix: &str, metric: u32) -> RouteKey {
@@ -129,7 +127,7 @@ fn a_peer_gets_barrier_cover_device_key_prefixes_owner_path_route_in_this_order(
 fn the_mtu_follows_the_underlay() {
     let mut config = config();
     config.node_pools.truncate(1);
-    let mut agent = Agent::new(settings(config));
+    let mut agent = common::agent_with(config);
     let mut nodes = vec![node(1), node(2)];
     nodes.iter_mut().for_each(|n| n.addresses.truncate(1));
     agent.set_directory(directory(1, nodes));
@@ -229,7 +227,7 @@ fn roaming_survives_until_the_directory_changes_the_endpoint() {
         "a resync leaves the endpoint alone"
     );
 
-    let mut restarted = Agent::new(settings(config()));
+    let mut restarted = common::agent_with(config());
     restarted.set_directory(directory(2, vec![node(1), node(2)]));
     assert_eq!(converge(&mut restarted, &mut observed), [], "so does a restart");
 
@@ -430,7 +428,7 @@ fn without_encryption_only_pods_are_kept_and_a_former_mesh_is_taken_down() {
         encryption: false,
         ..config()
     };
-    let mut agent = Agent::new(settings(plain));
+    let mut agent = common::agent_with(plain);
     agent.set_directory(directory(1, vec![node(1), node(2)]));
     agent
         .add_endpoint(pod(10, "a", "10.244.1.10"), &observed.state)

@@ -5,7 +5,7 @@ mod common;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use common::{apply, bare, comparable, config, covered, directory, key, link, settings};
+use common::{apply, bare, comparable, config, covered, directory, key, link};
 use ipnet::IpNet;
 use proptest::{collection::vec, prelude::*};
 use warren_agent_core::{Agent, Endpoint, EndpointKey, LinkKind, Observed, State};
@@ -147,7 +147,7 @@ fn happen(
         }
         Step::Restart => {
             let endpoints = agent.endpoints().clone();
-            *agent = Agent::new(settings(config()));
+            *agent = common::agent_with(config());
             agent.restore_endpoints(endpoints);
             if let Some(contents) = last.clone() {
                 agent.set_directory(contents);
@@ -204,7 +204,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn plans_lead_to_what_is_wanted(steps in vec(any_step(), 1..12)) {
-        let mut agent = Agent::new(settings(config()));
+        let mut agent = common::agent_with(config());
         let mut observed = bare();
         let mut last = None;
         let mut known = false;

@@ -9,7 +9,7 @@ use warren_keyd_api::{
     snapshot::{self, Directory},
 };
 use warren_model::{
-    IdentityId,
+    IdentityId, NodeKeys, NodeName,
     policy::{PolicyKind, PolicyRef, SelectorId},
 };
 
@@ -21,6 +21,8 @@ pub(crate) struct Received {
     pub(crate) unreadable: Vec<String>,
     /// When the directory's signature ends, Unix milliseconds.
     pub(crate) expires_unix_ms: i64,
+    /// Keys of nodes came, went or changed: it is on disk already.
+    pub(crate) keys_changed: bool,
     /// When it was there.
     pub(crate) at: Instant,
 }
@@ -29,6 +31,7 @@ pub(crate) struct Received {
 #[derive(Debug, Default)]
 pub(crate) struct Contents {
     unreadable: BTreeMap<(i32, String), String>,
+    keys: BTreeMap<NodeName, NodeKeys>,
 }
 
 impl Contents {
@@ -63,12 +66,38 @@ impl Contents {
             self.entry(&entry, &mut change);
         }
         Received {
+            keys_changed: self.keys_of(&change),
             change: Arc::new(change),
             unreadable: self.unreadable.values().cloned().collect(),
             expires_unix_ms: directory
                 .manifest()
                 .map_or(0, |manifest| manifest.expires_unix_ms),
             at,
+        }
+    }
+
+    /// Keeps the keys of nodes; returns whether any changed.
+    fn keys_of(&mut self, change: &Change) -> bool {
+        let before = match change.whole {
+            true => std::mem::take(&mut self.keys),
+            false => BTreeMap::new(),
+        };
+        let mut changed = false;
+        for key in &change.removes {
+            if let EntryKey::Node(name) = key {
+                changed |= self.keys.remove(name).is_some();
+            }
+        }
+        for entry in &change.upserts {
+            if let Entry::Node(node) = entry {
+                let keys = node.keys();
+                let known = self.keys.insert(node.name.clone(), keys.clone());
+                changed |= known.as_ref() != Some(&keys);
+            }
+        }
+        match change.whole {
+            true => before != self.keys,
+            false => changed,
         }
     }
 

@@ -13,11 +13,11 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot};
-use warren_agent_core::{Endpoint, Slot};
+use warren_agent_core::{Endpoint, slots::PairReport};
 use warren_keyd_api::{proto, snapshot::Directory};
-use warren_model::{Datapath, IdentityId, PrivateKey};
+use warren_model::{Datapath, IdentityId};
 
-use crate::{config::Config, files::StateDir, policy::ToEnforcer, runner::Input};
+use crate::{config::Config, files::StateDir, keys::KeyStore, policy::ToEnforcer, runner::Input};
 
 pub(crate) use contents::{Contents, Received};
 pub(crate) use trust::snapshot_root;
@@ -38,6 +38,10 @@ pub(crate) enum ToKeyd {
     Applied(u64, u64),
     /// State of this node.
     Status(Box<proto::AgentStatus>),
+    /// What has changed of the paths to peers.
+    Paths(Vec<PairReport>),
+    /// A private key was destroyed.
+    Held,
 }
 
 /// Why a pod has no identity.
@@ -56,22 +60,20 @@ pub(crate) enum FromKeyd {
     Connected { address: String },
     /// There is no session.
     Disconnected { reason: String },
-    /// `keyd`'s verdict on a key of this node; `None` is good.
-    Key { slot: u8, refusal: Option<String> },
-}
-
-/// A key of this node with its place.
-#[derive(Debug, Clone)]
-pub(crate) struct OwnKey {
-    pub(crate) slot: Slot,
-    pub(crate) private: PrivateKey,
+    /// `keyd`'s verdict on the key of a generation of this node; `None` is good.
+    Key {
+        generation: u64,
+        refusal: Option<String>,
+    },
+    /// A private key was made.
+    NewKey,
 }
 
 /// The client.
 pub(crate) struct Client {
     pub(crate) config: Config,
     pub(crate) state: StateDir,
-    pub(crate) keys: Vec<OwnKey>,
+    pub(crate) keys: KeyStore,
     pub(crate) datapath: Datapath,
     /// The verified copy, from disk at first; `None` until the snapshot root is known.
     pub(crate) directory: Option<Directory>,

@@ -1,21 +1,30 @@
 //! One session with `keyd`.
 
-use std::{collections::HashMap, path::Path, sync::PoisonError, time::Duration};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use warren_agent_core::Endpoint;
 use warren_keyd_api::{
-    MAX_MESSAGE_BYTES, PROTOCOL, convert, proof,
-    proto::{self, agent_message::Body as Say, keyd_client::KeydClient, keyd_message::Body as Hear},
+    MAX_MESSAGE_BYTES, PROTOCOL,
+    convert::{self, Record},
+    proof,
+    proto::{
+        self, EntryKind, agent_message::Body as Say, keyd_client::KeydClient, keyd_message::Body as Hear,
+    },
     snapshot::{Directory, SnapshotError},
     tls,
 };
-use warren_model::{IdentityId, NodeUid};
+use warren_model::{IdentityId, NodeUid, PublicKey};
 use zeroize::Zeroizing;
 
 use super::{Client, End, FromKeyd, Refused, ToKeyd, trust::Material};
-use crate::policy::ToEnforcer;
+use crate::{files::StateDir, policy::ToEnforcer};
 
 /// How long `keyd` may take to welcome us.
 const WELCOME_TIME: Duration = Duration::from_secs(10);
@@ -23,6 +32,8 @@ const WELCOME_TIME: Duration = Duration::from_secs(10);
 const TOKEN_CHECK: Duration = Duration::from_secs(10);
 /// How long after a change the snapshot is written at the latest.
 const SAVE_DELAY: Duration = Duration::from_millis(200);
+/// Pairs in one report, far below the limit of a message.
+const PAIRS_AT_ONCE: usize = 1000;
 /// Messages that may wait for the network.
 const QUEUE: usize = 1024;
 
@@ -195,14 +206,8 @@ impl Client {
                 session.node_uid = Some(welcome.node_uid.into());
                 super::trust::remember_addresses(&self.state, &[address.to_owned()]);
                 tracing::info!(%address, keyd = %welcome.keyd_id, "connected to keyd");
-                for key in &self.keys {
-                    session.say(Say::KeyOffer(proto::KeyOffer {
-                        slot: key.slot.slot.into(),
-                        port: key.slot.port.into(),
-                        generation: key.slot.generation,
-                        public_key: key.slot.public_key.as_bytes().to_vec(),
-                    }))?;
-                }
+                self.say_held(session)?;
+                self.offer_known(session)?;
                 let _ = self.events.send(FromKeyd::Connected {
                     address: address.to_owned(),
                 });
@@ -223,8 +228,7 @@ impl Client {
                 }
             }
             Hear::Question(question) => self.question(session, question),
-            // The key of the first generation is offered unasked.
-            Hear::AskKey(_) => {}
+            Hear::AskKey(asked) => self.asked(session, asked.generation)?,
             Hear::Redirect(redirect) => {
                 super::trust::remember_addresses(&self.state, &redirect.addresses);
                 return Ok(Some(End::Redirect(redirect.addresses)));
@@ -257,35 +261,75 @@ impl Client {
         });
     }
 
+    fn say_held(&self, session: &Session) -> Result<(), String> {
+        session.say(Say::Held(convert::held_to_proto(self.keys.keyring().held())))
+    }
+
+    /// Offers, unasked, the keys that the directory lists of this node; where it lists none, the first one.
+    fn offer_known(&self, session: &Session) -> Result<(), String> {
+        let ring = self.keys.keyring();
+        let listed = self.directory.as_ref().and_then(|directory| {
+            let is_own = |entry: &proto::Entry| {
+                entry.kind == i32::from(EntryKind::EntryNode) && entry.key == self.config.node.as_str()
+            };
+            match Record::parse(&directory.entries().iter().find(is_own)?) {
+                Ok(Record::Node(node)) => Some(node.keys()),
+                _ => None,
+            }
+        });
+        let listed = |generation: &u64| listed.as_ref().is_some_and(|own| own.lists(*generation));
+        let mut offered: Vec<u64> = ring.held().keys().copied().filter(|g| listed(g)).collect();
+        if offered.is_empty() {
+            offered.extend(ring.held().keys().next().filter(|generation| **generation == 1));
+        }
+        offered
+            .into_iter()
+            .try_for_each(|generation| self.offer(session, generation, ring.held()[&generation]))
+    }
+
+    fn offer(&self, session: &Session, generation: u64, key: PublicKey) -> Result<(), String> {
+        let port = |slot| self.config.cluster.slot_port(slot);
+        session.say(Say::KeyOffer(convert::key_to_offer(generation, key, port)))
+    }
+
+    /// `keyd` asks for the key of a generation. It is on disk, synced, before anybody hears of it.
+    fn asked(&self, session: &Session, generation: u64) -> Result<(), String> {
+        let is_new = self.keys.keyring().must_make(generation);
+        let key = match tokio::task::block_in_place(|| self.keys.make(generation)) {
+            Ok(key) => key,
+            Err(error) => {
+                // Asked again with the next session; until then the keys that there are go on working.
+                tracing::error!(generation, error = %format!("{error:#}"), "keyd asked for a key");
+                return Ok(());
+            }
+        };
+        if is_new {
+            let _ = self.events.send(FromKeyd::NewKey);
+            self.say_held(session)?;
+        }
+        self.offer(session, generation, key)
+    }
+
     fn prove(&self, session: &Session, challenge: &proto::KeyChallenge) -> Result<(), String> {
-        let key = self
-            .keys
-            .iter()
-            .find(|key| challenge.public_key == key.slot.public_key.as_bytes());
-        let (Some(key), Some(uid)) = (key, &session.node_uid) else {
+        let key = PublicKey::try_from(challenge.public_key.as_slice()).ok();
+        let key = key.and_then(|key| self.keys.private(&key));
+        let (Some((generation, private)), Some(uid)) = (key, &session.node_uid) else {
             return Err("keyd asks for the proof of a key that is not this node's".into());
         };
-        let proof = proof::answer(challenge, &key.private, uid, key.slot.generation)
-            .map_err(|error| error.to_string())?;
+        let proof = proof::answer(challenge, &private, uid, generation).map_err(|error| error.to_string())?;
         session.say(Say::KeyProof(proof))
     }
 
     fn key_result(&self, result: &proto::KeyResult) {
-        let Some(key) = self
-            .keys
-            .iter()
-            .find(|key| result.public_key == key.slot.public_key.as_bytes())
-        else {
+        let key = PublicKey::try_from(result.public_key.as_slice()).ok();
+        let Some((generation, _)) = key.and_then(|key| self.keys.private(&key)) else {
             return;
         };
         let refusal = (!result.accepted).then(|| result.reason.clone());
         if let Some(reason) = &refusal {
-            tracing::error!(%reason, "keyd refuses this node's key");
+            tracing::error!(generation, %reason, "keyd refuses this node's key");
         }
-        let _ = self.events.send(FromKeyd::Key {
-            slot: key.slot.slot,
-            refusal,
-        });
+        let _ = self.events.send(FromKeyd::Key { generation, refusal });
     }
 
     fn update(&mut self, session: &mut Session, update: proto::Update) -> Result<(), String> {
@@ -300,9 +344,14 @@ impl Client {
                     removes = change.removes.len(),
                     "directory changed"
                 );
-                session.unsaved = true;
                 self.resync = false;
                 let received = self.contents.change(directory, change);
+                session.unsaved = true;
+                if received.keys_changed {
+                    // Devices must never be ahead of the disk: an agent that is killed now goes on from there.
+                    tokio::task::block_in_place(|| self.to_disk().map(Unsaved::save));
+                    session.unsaved = false;
+                }
                 let _ = self.changes.send(ToEnforcer::Directory(received));
             }
             Err(error) => {
@@ -351,6 +400,10 @@ impl Client {
             }
             ToKeyd::Applied(epoch, version) => session.say(Say::Applied(proto::Applied { epoch, version })),
             ToKeyd::Status(status) => session.say(Say::Status(*status)),
+            ToKeyd::Paths(pairs) => pairs
+                .chunks(PAIRS_AT_ONCE)
+                .try_for_each(|pairs| session.say(Say::Paths(convert::report_to_proto(pairs)))),
+            ToKeyd::Held => self.say_held(session),
         }
     }
 
@@ -373,24 +426,43 @@ impl Client {
     }
 
     fn save(&self) {
-        let position = self.directory.as_ref().map_or((0, 0), Directory::position);
-        let Some(bytes) = self.directory.as_ref().and_then(Directory::to_file) else {
-            return;
-        };
-        let (state, previous) = (self.state.clone(), self.saving.clone());
         // A disk that is slow must not hold up what keyd says next. One at a time, in order.
-        tokio::task::spawn_blocking(move || {
-            let mut newest = previous.lock().unwrap_or_else(PoisonError::into_inner);
-            if position < *newest {
-                return;
+        if let Some(unsaved) = self.to_disk() {
+            tokio::task::spawn_blocking(move || unsaved.save());
+        }
+    }
+
+    fn to_disk(&self) -> Option<Unsaved> {
+        let directory = self.directory.as_ref()?;
+        Some(Unsaved {
+            position: directory.position(),
+            bytes: directory.to_file()?,
+            state: self.state.clone(),
+            newest: self.saving.clone(),
+        })
+    }
+}
+
+/// A copy of the directory on its way to the disk.
+struct Unsaved {
+    position: (u64, u64),
+    bytes: Vec<u8>,
+    state: StateDir,
+    newest: Arc<Mutex<(u64, u64)>>,
+}
+
+impl Unsaved {
+    fn save(self) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.position < *newest {
+            return;
+        }
+        match self.state.save_snapshot(&self.bytes) {
+            Ok(()) => *newest = self.position,
+            Err(error) => {
+                tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
             }
-            match state.save_snapshot(&bytes) {
-                Ok(()) => *newest = position,
-                Err(error) => {
-                    tracing::error!(error = %format!("{error:#}"), "the snapshot cannot be kept");
-                }
-            }
-        });
+        }
     }
 }
 

@@ -196,8 +196,8 @@ mod tests {
     #[test]
     fn only_our_names_are_slots() {
         assert_eq!(slot_of("warren0"), Some(0));
-        assert_eq!(slot_of("warren2"), Some(2));
-        for other in ["warren3", "warren", "warren00", "warren+1", "eth0", "warren0.5"] {
+        assert_eq!(slot_of("warren3"), Some(3));
+        for other in ["warren4", "warren", "warren00", "warren+1", "eth0", "warren0.5"] {
             assert_eq!(slot_of(other), None, "{other}");
         }
     }

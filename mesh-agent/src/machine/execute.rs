@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use warren_agent_core::{Action, Agent, Programs, Rule, slot_device};
 use warren_bpf::Role;
-use warren_model::Datapath;
+use warren_model::{Datapath, PrivateKey};
 use warren_net::{LinkConfig, NftConfig, nft};
 use warren_wireguard::DeviceChange;
 
@@ -156,8 +156,8 @@ impl Machine {
 
     fn change(&self, step: &Action) -> Option<DeviceChange> {
         Some(match *step {
-            Action::SetKey { slot, port, .. } => DeviceChange::SetDevice {
-                private_key: self.keys.get(&slot)?.clone(),
+            Action::SetKey { public_key, port, .. } => DeviceChange::SetDevice {
+                private_key: PrivateKey::clone(&self.keys.private(&public_key)?.1),
                 listen_port: port,
             },
             Action::SetPeer {
@@ -193,6 +193,8 @@ impl Machine {
             | Action::SetOwner(..)
             | Action::RemoveOwner(_)
             | Action::SetPath(..)
+            | Action::WidenPath(..)
+            | Action::NarrowPath(..)
             | Action::RemovePath(_)
             | Action::SetEndpoint(..)
             | Action::RemoveEndpoint(_)
@@ -246,7 +248,9 @@ impl Machine {
                 .await
             }
             Action::SetKey { slot, .. } | Action::ClearDevice(slot) => {
-                let change = self.change(step).ok_or("this node has no key for the slot")?;
+                let change = self
+                    .change(step)
+                    .ok_or("this node does not have the private key")?;
                 self.apply_to_device(*slot, change)
                     .await
                     .map_err(|error| error.to_string())
@@ -293,7 +297,7 @@ impl Machine {
                 self.programs.lock().set_owner(*prefix, convert::owner_to(owner))
             }
             Action::RemoveOwner(prefix) => self.programs.lock().remove_owner(*prefix),
-            Action::SetPath(node, path) => {
+            Action::SetPath(node, path) | Action::WidenPath(node, path) | Action::NarrowPath(node, path) => {
                 let path = warren_bpf::Path {
                     ifindex: self.device(path.slot)?,
                     receive_slots: path.receive,

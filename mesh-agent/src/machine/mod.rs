@@ -11,11 +11,11 @@ use anyhow::{Context as _, Result};
 use tokio::time::Instant;
 use warren_abi::MarkCodec;
 use warren_agent_core::{Firewall, Settings};
-use warren_model::{Datapath, PrivateKey};
+use warren_model::Datapath;
 use warren_net::Net;
 use warren_wireguard::{DeviceChange, DeviceError, DeviceState, Kernel, Userspace, WgDevice};
 
-use crate::{cli::RunOptions, policy::node_cgroup};
+use crate::{cli::RunOptions, keys::KeyStore, policy::node_cgroup};
 
 pub(crate) use policy::{
     Programs, direction_from as policy_direction, judge as judge_policy, maps as policy_maps,
@@ -34,7 +34,7 @@ pub(crate) struct Machine {
     /// Why the host's sockets are not judged.
     host_fault: Option<String>,
     wireguard: WireGuard,
-    keys: BTreeMap<u8, PrivateKey>,
+    keys: KeyStore,
     codec: MarkCodec,
     encryption: bool,
     /// What the packet filter was last given; it cannot be read back in this form.
@@ -78,7 +78,7 @@ impl Machine {
         net: Net,
         datapath: Datapath,
         settings: &Settings,
-        keys: BTreeMap<u8, PrivateKey>,
+        keys: KeyStore,
         options: &RunOptions,
     ) -> Result<Self> {
         let config = &settings.config;
@@ -90,7 +90,10 @@ impl Machine {
             encryption: config.encryption,
             service_cidrs: config.service_cidrs.clone(),
             node_ports: config.node_ports,
-            wireguard_ports: (config.slot_port(0), config.slot_port(2)),
+            wireguard_ports: (
+                config.slot_port(0),
+                config.slot_port(warren_model::node::SLOTS - 1),
+            ),
         })
         .context("cannot open the eBPF datapath")?;
         let wireguard = match datapath {

@@ -46,6 +46,25 @@ impl Machine {
         Ok(Observed { links, state })
     }
 
+    /// Looks at the tunnel devices and paths alone, for a pair that is about to change; the rest is as it was observed.
+    pub(crate) async fn look(&mut self, observed: &mut Observed) -> Result<()> {
+        for slot in self.devices.keys() {
+            let Some(device) = observed.state.devices.get_mut(slot) else {
+                continue;
+            };
+            match self.wireguard.dump(&slot_device(*slot)).await {
+                Ok(found) => device.wireguard = wireguard(found),
+                Err(error) => anyhow::bail!("{error}"),
+            }
+        }
+        let paths = self.programs.lock().paths()?;
+        observed.state.paths = paths
+            .iter()
+            .map(|(node, path)| (*node, convert::path_from(path, &self.devices)))
+            .collect();
+        Ok(())
+    }
+
     async fn devices(
         &mut self,
         found: &[warren_net::Link],
@@ -173,6 +192,7 @@ fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
             allowed_ips: peer.allowed_ips.into_iter().collect(),
             endpoint_is_new: false,
             silent: Peer::is_silent(age),
+            received: peer.received_bytes,
         };
         (peer.public_key, state)
     };

@@ -22,6 +22,7 @@
 
 mod keyring;
 mod mover;
+mod pairs;
 mod path;
 mod report;
 #[cfg(test)]
@@ -29,6 +30,8 @@ mod tests;
 
 pub use keyring::Keyring;
 pub use mover::Mover;
+pub use pairs::{LOOK, PATIENCE, Pair, SLOW_LOOK, Tally};
+pub(crate) use pairs::{Pairs, Seeing, prefixes};
 pub use path::{
     KEY_SLOTS, NodeKeys, Path, YIELD, begins, devices, half, is_draining, is_verified, keepalive, newer,
     node_path, paths, sending, slot_of, target,

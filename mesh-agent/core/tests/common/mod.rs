@@ -4,8 +4,8 @@
 use std::net::IpAddr;
 
 use warren_agent_core::{
-    Action, Agent, Device, Directory, Link, LinkKind, Observed, Programs, Route, RouteKey, Settings, Slot,
-    State, Table, WireGuard,
+    Action, Agent, Device, Directory, Link, LinkKind, Observed, Programs, Route, RouteKey, Settings, State,
+    Table, WireGuard, slots::Keyring,
 };
 use warren_model::{ClusterConfig, Datapath, NodeRecord, PublicKey, SlotKey};
 
@@ -44,13 +44,12 @@ pub(crate) fn settings(config: ClusterConfig) -> Settings {
     Settings {
         config,
         node: "node1".into(),
-        slots: vec![Slot {
-            slot: 0,
-            port: 51871,
-            generation: 1,
-            public_key: key(1),
-        }],
     }
+}
+
+/// An agent of node 1 with its first key.
+pub(crate) fn agent_with(config: ClusterConfig) -> Agent {
+    Agent::new(settings(config), Keyring::new([(1, key(1))]))
 }
 
 pub(crate) fn node(n: u8) -> NodeRecord {
@@ -144,7 +143,7 @@ pub(crate) fn apply(state: &mut State, action: &Action) {
         Action::RemoveOwner(prefix) => {
             state.owners.remove(&prefix);
         }
-        Action::SetPath(node, path) => {
+        Action::SetPath(node, path) | Action::WidenPath(node, path) | Action::NarrowPath(node, path) => {
             state.paths.insert(node, path);
         }
         Action::RemovePath(node) => {
@@ -232,7 +231,7 @@ pub(crate) fn comparable(state: &State) -> State {
     let mut state = state.clone();
     for device in state.devices.values_mut() {
         for peer in device.wireguard.peers.values_mut() {
-            (peer.endpoint_is_new, peer.silent) = (false, false);
+            (peer.endpoint_is_new, peer.silent, peer.received) = (false, false, 0);
         }
     }
     state

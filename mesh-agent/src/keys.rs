@@ -1,0 +1,276 @@
+//! This node's private keys: a file each, `keys/gen{N}.key`, and one copy in memory. A key is on disk, synced, before
+//! anybody hears of it; a void one is overwritten there before its file goes, and in memory when its last user is done.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::{Context as _, Result, bail};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use warren_agent_core::slots::Keyring;
+use warren_keyd_api::proof;
+use warren_model::{PrivateKey, PublicKey};
+use zeroize::Zeroizing;
+
+use crate::files::write_private;
+
+/// The only key's file of agents that did not rotate.
+const FIRST_NAME: &str = "slot0.key";
+/// Two of a node are in use at once; the others are void and about to go.
+const MOST: usize = 8;
+/// More than a key file ever has.
+const LONGEST_FILE: u64 = 4096;
+
+/// The private keys, shared by whoever proves them and whoever gives them to devices.
+#[derive(Clone)]
+pub(crate) struct KeyStore(Arc<Mutex<Keys>>);
+
+struct Keys {
+    directory: PathBuf,
+    held: BTreeMap<u64, Held>,
+}
+
+struct Held {
+    public: PublicKey,
+    /// At one place in memory, which is overwritten when the last user is done.
+    private: Arc<PrivateKey>,
+}
+
+impl KeyStore {
+    /// Reads all keys. A file that is there but cannot be used is an error: a new key in its place would cut this node
+    /// off without anybody having asked for it.
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        adopt_first(directory)?;
+        let mut held = BTreeMap::new();
+        let entries = fs::read_dir(directory)
+            .with_context(|| format!("cannot read the key directory {}", directory.display()))?;
+        for entry in entries {
+            let path = entry
+                .with_context(|| format!("cannot read the key directory {}", directory.display()))?
+                .path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if name.starts_with('.') {
+                // A write that a crash broke off.
+                destroy_file(&path)?;
+            } else if let Some(generation) = generation_of(&name) {
+                let private = read_key(&path)?;
+                let public = proof::public_key(&private);
+                held.insert(generation, Held { public, private });
+            }
+        }
+        Ok(Self(Arc::new(Mutex::new(Keys {
+            directory: directory.to_owned(),
+            held,
+        }))))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Keys> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The public halves.
+    pub(crate) fn keyring(&self) -> Keyring {
+        let keys = self.lock();
+        Keyring::new(
+            keys.held
+                .iter()
+                .map(|(generation, held)| (*generation, held.public)),
+        )
+    }
+
+    /// The private half of a key, and its generation.
+    pub(crate) fn private(&self, public: &PublicKey) -> Option<(u64, Arc<PrivateKey>)> {
+        let keys = self.lock();
+        keys.held
+            .iter()
+            .find(|(_, held)| held.public == *public)
+            .map(|(generation, held)| (*generation, Arc::clone(&held.private)))
+    }
+
+    /// Makes the key of a generation unless it is there; it is on disk when this returns.
+    pub(crate) fn make(&self, generation: u64) -> Result<PublicKey> {
+        let mut keys = self.lock();
+        if let Some(held) = keys.held.get(&generation) {
+            return Ok(held.public);
+        }
+        if generation == 0 || keys.held.len() >= MOST {
+            bail!(
+                "a key of generation {generation} is not made: there are {} keys",
+                keys.held.len()
+            );
+        }
+        let path = keys.path(generation);
+        let private = Arc::new(proof::generate_private_key().context("cannot make a key")?);
+        let text = Zeroizing::new(format!(
+            "{}\n",
+            *Zeroizing::new(STANDARD.encode(private.expose()))
+        ));
+        write_private(&path, text.as_bytes())?;
+        let public = proof::public_key(&private);
+        tracing::info!(generation, %public, "made a key");
+        keys.held.insert(generation, Held { public, private });
+        Ok(public)
+    }
+
+    /// Destroys a key. It is gone from memory even where its file cannot be overwritten.
+    pub(crate) fn destroy(&self, generation: u64) -> Result<()> {
+        let mut keys = self.lock();
+        let path = keys.path(generation);
+        if let Some(held) = keys.held.remove(&generation) {
+            tracing::info!(generation, public = %held.public, "key destroyed");
+        }
+        destroy_file(&path)
+    }
+}
+
+impl Keys {
+    fn path(&self, generation: u64) -> PathBuf {
+        self.directory.join(format!("gen{generation}.key"))
+    }
+}
+
+fn generation_of(name: &str) -> Option<u64> {
+    let number = name.strip_prefix("gen")?.strip_suffix(".key")?;
+    let generation: u64 = number.parse().ok()?;
+    (generation > 0 && number == generation.to_string()).then_some(generation)
+}
+
+/// The key of an agent that did not rotate is that of the first generation.
+fn adopt_first(directory: &Path) -> Result<()> {
+    let (before, after) = (directory.join(FIRST_NAME), directory.join("gen1.key"));
+    if !before.exists() || after.exists() {
+        return Ok(());
+    }
+    read_key(&before)?;
+    fs::rename(&before, &after)
+        .and_then(|()| File::open(directory)?.sync_all())
+        .with_context(|| format!("cannot rename the key file {}", before.display()))
+}
+
+fn read_key(path: &Path) -> Result<Arc<PrivateKey>> {
+    let damaged = || {
+        format!(
+            "the key file {} is damaged: restore it, or remove it to get a new key",
+            path.display()
+        )
+    };
+    let mut text = Zeroizing::new(Vec::with_capacity(LONGEST_FILE as usize));
+    let read = File::open(path).and_then(|file| file.take(LONGEST_FILE).read_to_end(&mut text));
+    if let Err(error) = read {
+        bail!(
+            "cannot read the key file {}: {error}; restore it or remove it",
+            path.display()
+        );
+    }
+    let trimmed = std::str::from_utf8(&text)
+        .ok()
+        .map(str::trim)
+        .with_context(damaged)?;
+    let bytes = Zeroizing::new(STANDARD.decode(trimmed).ok().with_context(damaged)?);
+    let bytes: Zeroizing<[u8; 32]> = Zeroizing::new(bytes.as_slice().try_into().ok().with_context(damaged)?);
+    let mode = fs::metadata(path).with_context(damaged)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        tracing::warn!(file = %path.display(), "the key file was readable by others: restricted to root");
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).with_context(damaged)?;
+    }
+    Ok(Arc::new(PrivateKey::from_bytes(*bytes)))
+}
+
+/// Overwrites a file, syncs it, removes it, syncs the directory. One that is absent is no error.
+fn destroy_file(path: &Path) -> Result<()> {
+    let destroy = || -> io::Result<()> {
+        let mut file = match OpenOptions::new().write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        let length = file.metadata()?.len().min(LONGEST_FILE);
+        file.rewind()?;
+        file.write_all(&vec![0; usize::try_from(length).unwrap_or_default()])?;
+        file.sync_all()?;
+        fs::remove_file(path)?;
+        File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()
+    };
+    destroy().with_context(|| format!("cannot destroy the key file {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store(directory: &Path) -> KeyStore {
+        KeyStore::open(directory).unwrap()
+    }
+
+    #[test]
+    fn a_key_is_made_once_and_a_damaged_file_is_never_replaced() {
+        let directory = tempfile::tempdir().unwrap();
+        let keys = store(directory.path());
+        let key = keys.make(2).unwrap();
+        assert_eq!(keys.make(2).unwrap(), key);
+        assert_eq!(store(directory.path()).make(2).unwrap(), key);
+        let path = directory.path().join("gen2.key");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        for damage in ["", "AAAA", "not a key", "\u{fffd}"] {
+            fs::write(&path, damage).unwrap();
+            let error = format!("{:#}", KeyStore::open(directory.path()).err().unwrap());
+            assert!(error.contains("gen2.key") && !error.contains('\n'), "{error}");
+            assert_eq!(fs::read_to_string(&path).unwrap(), damage);
+        }
+        fs::remove_file(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(KeyStore::open(directory.path()).is_err());
+    }
+
+    #[test]
+    fn the_key_of_an_agent_that_did_not_rotate_is_the_first_generation() {
+        let directory = tempfile::tempdir().unwrap();
+        let text = STANDARD.encode([7; 32]);
+        fs::write(directory.path().join("slot0.key"), &text).unwrap();
+        let keys = store(directory.path());
+        let public = proof::public_key(&PrivateKey::from_bytes([7; 32]));
+        assert_eq!(keys.keyring().held().get(&1), Some(&public));
+        assert!(!directory.path().join("slot0.key").exists());
+        assert_eq!(store(directory.path()).private(&public).unwrap().0, 1);
+    }
+
+    #[test]
+    fn a_destroyed_key_is_overwritten_and_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let keys = store(directory.path());
+        let (first, second) = (keys.make(1).unwrap(), keys.make(2).unwrap());
+        let path = directory.path().join("gen1.key");
+        // A second name of the file shows what was in it when it went.
+        let beside = directory.path().join("beside");
+        fs::hard_link(&path, &beside).unwrap();
+        keys.destroy(1).unwrap();
+        keys.destroy(1).unwrap();
+        assert!(fs::read(&beside).unwrap().iter().all(|byte| *byte == 0));
+        assert!(!path.exists() && keys.private(&first).is_none());
+        assert_eq!(keys.keyring().held().keys().copied().collect::<Vec<_>>(), [2]);
+        // What a crash left of a write is destroyed at the next start.
+        fs::write(directory.path().join(".gen3.key.new"), "half a key").unwrap();
+        assert_eq!(store(directory.path()).private(&second).unwrap().0, 2);
+        assert!(!directory.path().join(".gen3.key.new").exists());
+    }
+
+    #[test]
+    fn only_exact_names_are_keys() {
+        assert_eq!(generation_of("gen12.key"), Some(12));
+        for other in [
+            "gen0.key",
+            "gen01.key",
+            "gen.key",
+            "gen1.key.bak",
+            "gen-1.key",
+            "slot0.key",
+        ] {
+            assert_eq!(generation_of(other), None, "{other}");
+        }
+    }
+}
