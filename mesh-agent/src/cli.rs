@@ -114,6 +114,9 @@ pub(crate) struct TunnelOptions {
     /// Begin a session of its own, so that it outlives whoever started it.
     #[arg(long, hide = true)]
     pub(crate) detach: bool,
+    /// Stay, idle, after a newer tunnel has taken over, until told to end: for supervisors that would start it again.
+    #[arg(long)]
+    pub(crate) linger: bool,
 }
 
 /// The engines there are.

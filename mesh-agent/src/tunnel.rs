@@ -44,6 +44,7 @@ pub(crate) fn main(options: &TunnelOptions) -> ExitCode {
             Engine::Warren => Implementation::Warren,
             Engine::Boringtun => Implementation::Boringtun,
         },
+        linger: options.linger,
         ..EngineConfig::default()
     };
     match engine::run(config) {
@@ -65,6 +66,10 @@ pub(crate) fn supervise(options: &RunOptions, inputs: mpsc::UnboundedSender<Inpu
                 return;
             }
             ended(&run_dir).await;
+            if Userspace::new(&run_dir).ping().await.is_ok() {
+                tracing::info!("another tunnel process has taken over, with all sessions");
+                continue;
+            }
             tracing::error!("the tunnel process is gone: traffic between nodes pauses");
             if inputs.send(Input::Network).is_err() {
                 return;

@@ -185,6 +185,50 @@ fn one_that_lingers_holds_nothing() -> Result<()> {
     ping(b, a.inner_v4(), 56)
 }
 
+/// The engine is killed and started again, as its supervisor would, and the peer goes on to send by a session that is gone.
+fn killed(engine: Engine) -> Result<()> {
+    let mut lab = Lab::new([engine.clone(), engine])?;
+    lab.mesh(false)?;
+    let [a, b] = &lab.nodes[..] else { unreachable!() };
+    ping(a, b.inner_v4(), 56)?;
+    let capture = Capture::start(&lab)?;
+    // Nothing that the killed engine would send begins a handshake.
+    let flow = Flow::start(b, a, a.inner_v4(), 1000, 200)?;
+    for _ in 0..3 {
+        progress(std::slice::from_ref(&flow), 200)?;
+        let (before, sent) = (lab.nodes[1].handshakes()?, flow.sent());
+        lab.nodes[0].stop(Signal::SIGKILL)?;
+        ensure!(lab.nodes[0].has_device(), "the device stays");
+        lab.nodes[0].start()?;
+        let [a, b] = &lab.nodes[..] else { unreachable!() };
+        a.peer(b, false)?;
+        let arrived = flow.received();
+        until("traffic is back", || Ok(flow.received() > arrived))?;
+        println!("back after {} datagrams", flow.sent() - sent);
+        // By itself the peer would have begun one 15 seconds later.
+        ensure!(
+            flow.sent() - sent < 10_000,
+            "{} were sent meanwhile",
+            flow.sent() - sent
+        );
+        ensure!(b.handshakes()? > before);
+    }
+    flow.finish()?;
+    let seen = capture.finish()?;
+    ensure!(seen.clear == 0 && seen.packets > 600, "{seen:?}");
+    Ok(())
+}
+
+#[test]
+fn after_a_kill_sessions_are_there_again_at_once() -> Result<()> {
+    killed(Engine::warren())
+}
+
+#[test]
+fn after_a_kill_sessions_are_there_again_at_once_with_boringtun() -> Result<()> {
+    killed(Engine::warren_boringtun())
+}
+
 /// One line, and then as much of the engine's side as it wants to say.
 fn ask(node: &Node, request: &str) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(node.run_dir().join("warren-engine.control"))?;

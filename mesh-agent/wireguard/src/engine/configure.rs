@@ -5,6 +5,7 @@ use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     sync::Arc,
+    time::Instant,
 };
 
 use ipnet::IpNet;
@@ -16,6 +17,7 @@ use super::{
     own::OwnIdentity,
     peer::{self, Peer, PeerChange},
     readers::Readers,
+    session::REJECT_AFTER_TIME,
     transport::Identity,
     tunn::TunnIdentity,
     udp::Sockets,
@@ -142,6 +144,7 @@ impl Key {
             private,
             public,
             identity,
+            revive_until: Instant::now().checked_add(REJECT_AFTER_TIME),
         }
     }
 }
@@ -164,6 +167,9 @@ fn set_peer(state: &mut State, change: SetPeer) -> Option<(Arc<Peer>, bool)> {
         endpoint: change.endpoint,
         keepalive_seconds: change.keepalive_seconds,
     };
+    if let Some(endpoint) = settings.endpoint {
+        state.note_endpoint(endpoint, peer.index);
+    }
     let anew = peer.change(settings, state.identity());
     if change.replace_allowed_ips {
         // What comes back right away is never taken away, so that no packet falls into a gap.

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     io,
+    net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
@@ -52,6 +53,8 @@ pub(super) struct State {
     /// By [`Peer::index`].
     pub(super) indices: HashMap<u32, Arc<Peer>>,
     pub(super) owners: Table<Arc<Peer>>,
+    /// Where peers were configured to be, as [`Peer::index`]; as long as it matters for [`Device::revive`].
+    pub(super) endpoints: HashMap<SocketAddr, u32>,
 }
 
 #[path = "device_image.rs"]
@@ -62,9 +65,20 @@ pub(super) struct Key {
     pub(super) private: PrivateKey,
     pub(super) public: Option<PublicKey>,
     pub(super) identity: Arc<dyn Identity>,
+    /// Until when peers may have sessions that an engine before us has forgotten.
+    pub(super) revive_until: Option<Instant>,
 }
 
 impl State {
+    /// Notes where a peer was configured to be.
+    pub(super) fn note_endpoint(&mut self, endpoint: SocketAddr, index: u32) {
+        let over = |key: &Key| key.revive_until.is_none_or(|until| until <= Instant::now());
+        match self.key.as_ref().is_some_and(over) {
+            true => self.endpoints = HashMap::new(),
+            false => drop(self.endpoints.insert(endpoint, index)),
+        }
+    }
+
     pub(super) fn identity(&self) -> Option<&dyn Identity> {
         self.key.as_ref().map(|key| key.identity.as_ref())
     }
@@ -184,6 +198,27 @@ impl Device {
         if let Some(sockets) = sockets {
             self.counters
                 .drop_many(DropReason::SocketQueueFull, sockets.new_overflows());
+        }
+    }
+
+    /// Data came for a session that nobody knows. An engine that was killed has left its peers with sessions, which they
+    /// use for up to 15 seconds more before they begin new ones. So a peer that is where it was configured to be, and that we
+    /// have no session with, is sent an initiation; only as long as such sessions live. One is on its way at most.
+    pub(super) fn revive(&self, from: SocketAddr, now: Instant, path: Path<'_>, out: &mut [u8]) {
+        let peer = {
+            let state = self.read();
+            let forgotten = |key: &Key| key.revive_until.is_some_and(|until| now < until);
+            match state.key.as_ref().is_some_and(forgotten) {
+                true => state
+                    .endpoints
+                    .get(&from)
+                    .and_then(|index| state.indices.get(index))
+                    .cloned(),
+                false => None,
+            }
+        };
+        if let Some(peer) = peer {
+            peer.revive(now, path, out);
         }
     }
 

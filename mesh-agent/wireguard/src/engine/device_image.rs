@@ -144,6 +144,10 @@ fn read_state(
     };
     let key = from.option(Reader::secret)?;
     state.key = key.map(|key| Key::new(PrivateKey::from_bytes(*key), implementation));
+    if let Some(key) = &mut state.key {
+        // Nothing is forgotten.
+        key.revive_until = None;
+    }
     if from.flag()? {
         state.sockets = Some(Arc::new(Sockets::adopt(descriptors, from)?));
     }

@@ -139,7 +139,12 @@ impl Work {
         };
         let peer = match peer {
             Ok(peer) => peer,
-            Err(reason) => return device.counters.drop_many(reason, count),
+            Err(reason) => {
+                if first[0] == DATA && reason == DropReason::UnknownIndex {
+                    device.revive(run.from, now, path, &mut self.scratch);
+                }
+                return device.counters.drop_many(reason, count);
+            }
         };
         let messages = &mut buffer[run.start..run.end];
         peer.receive(

@@ -207,6 +207,14 @@ impl Peer {
         }
     }
 
+    /// Begins a handshake where there is no session and none is on its way.
+    pub(super) fn revive(&self, now: Instant, path: Path<'_>, out: &mut [u8]) {
+        let inner = &mut *self.lock();
+        if inner.ready(now).is_none() {
+            self.initiate(inner, false, now, path, out);
+        }
+    }
+
     /// Begins a handshake whether or not there is a session.
     pub(super) fn rekey(&self, path: Path<'_>, out: &mut [u8]) {
         self.initiate(&mut self.lock(), false, Instant::now(), path, out);
