@@ -316,7 +316,8 @@ impl Plan<'_> {
         for rule in self.observed.rules.difference(&self.desired.rules) {
             self.push(Action::RemoveRule(*rule));
         }
-        for kind in [Route::Blackhole, Route::Throw] {
+        // Throws first: a blackhole inside one that goes as well covers until then.
+        for kind in [Route::Throw, Route::Blackhole] {
             for (key, route) in &self.observed.routes {
                 if *route == kind && !self.desired.routes.contains_key(key) {
                     self.push(Action::RemoveRoute(*key, *route));

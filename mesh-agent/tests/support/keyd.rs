@@ -14,7 +14,10 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::{StreamExt as _, wrappers::ReceiverStream, wrappers::UnboundedReceiverStream};
 use tonic::{Request, Response, Status, Streaming};
 use warren_keyd_api::{
-    convert::{MEMBERS_BLOCK, Record, address_from_bytes},
+    convert::{
+        MEMBERS_BLOCK, Record, address_from_bytes, held_from_proto, report_from_proto, slots_from_offer,
+    },
+    proof::Challenge,
     proto::{
         self,
         agent_message::Body as Say,
@@ -25,7 +28,8 @@ use warren_keyd_api::{
     tls::{Authority, handshake_acceptor, server_config},
 };
 use warren_model::{
-    IdentityId, Labels, NodeRecord, PodRef, WorkloadRecord,
+    IdentityId, Labels, NodeRecord, PodRef, PublicKey, WorkloadRecord,
+    keys::PathState,
     policy::{NodeFacts, PolicyRef, Rule, Selector, SelectorId, reserved_labels},
 };
 
@@ -49,7 +53,17 @@ struct State {
     audited: BTreeSet<String>,
     /// Identities are told to the agent that asks, but not published.
     held_back: bool,
-    sessions: Vec<mpsc::UnboundedSender<Result<proto::KeydMessage, Status>>>,
+    sessions: Vec<(String, mpsc::UnboundedSender<Result<proto::KeydMessage, Status>>)>,
+    /// Private keys that agents say they have, by node.
+    held: BTreeMap<String, BTreeMap<u64, PublicKey>>,
+    /// Generations that are asked for, by node.
+    asked: BTreeMap<String, u64>,
+    /// Keys that agents have proved, by node and generation.
+    proved: BTreeMap<(String, u64), PublicKey>,
+    /// Open challenges.
+    challenges: BTreeMap<PublicKey, Challenge>,
+    /// What agents say of their paths, by node and peer.
+    paths: BTreeMap<(String, String), Vec<PathState>>,
     /// Answers to questions.
     answers: Vec<proto::Answer>,
     end: Option<oneshot::Sender<()>>,
@@ -73,6 +87,11 @@ impl Keyd {
             audited: BTreeSet::new(),
             held_back: false,
             sessions: Vec::new(),
+            held: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            proved: BTreeMap::new(),
+            challenges: BTreeMap::new(),
+            paths: BTreeMap::new(),
             answers: Vec::new(),
             end: None,
         })))
@@ -239,6 +258,13 @@ impl Keyd {
 }
 
 impl State {
+    fn say_to(&self, node: &str, body: Hear) {
+        for (_, session) in self.sessions.iter().filter(|(name, _)| name == node) {
+            let body = Some(body.clone());
+            let _ = session.send(Ok(proto::KeydMessage { body }));
+        }
+    }
+
     fn number(&mut self, selector: Selector) -> SelectorId {
         let next = SelectorId(self.selectors.len() as u32 + 1);
         *self.selectors.entry(selector).or_insert(next)
@@ -363,7 +389,7 @@ impl State {
     }
 
     fn say(&self, body: Hear) {
-        for session in &self.sessions {
+        for (_, session) in &self.sessions {
             let _ = session.send(Ok(proto::KeydMessage {
                 body: Some(body.clone()),
             }));
@@ -399,6 +425,18 @@ impl Service for Keyd {
                     }
                     Some(Say::EndpointAdd(add)) => keyd.endpoint(&node, add, &out),
                     Some(Say::Answer(answer)) => keyd.state().answers.push(answer),
+                    Some(Say::KeyOffer(offer)) => keyd.offered(&node, &offer),
+                    Some(Say::KeyProof(proof)) => keyd.answered(&node, &proof),
+                    Some(Say::Held(held)) => {
+                        let held = held_from_proto(&held).unwrap();
+                        keyd.state().held.insert(node.clone(), held);
+                    }
+                    Some(Say::Paths(report)) => {
+                        for pair in report_from_proto(&report).unwrap() {
+                            let place = (node.clone(), pair.peer.to_string());
+                            keyd.state().paths.insert(place, pair.paths);
+                        }
+                    }
                     _ => {}
                 }
             }
@@ -420,7 +458,71 @@ impl Keyd {
         for body in say {
             let _ = out.send(Ok(proto::KeydMessage { body: Some(body) }));
         }
-        state.sessions.push(out.clone());
+        state.sessions.retain(|(other, _)| other != node);
+        state.sessions.push((node.to_owned(), out.clone()));
+        state.paths.retain(|(reporter, _), _| reporter != node);
+        let asked = state.asked.get(node).copied();
+        if let Some(generation) = asked {
+            state.say_to(node, Hear::AskKey(proto::AskKey { generation }));
+        }
+    }
+
+    /// A key is offered: ask for its proof.
+    fn offered(&self, node: &str, offer: &proto::KeyOffer) {
+        let mut state = self.state();
+        let [slot, _] = slots_from_offer(offer).unwrap();
+        let uid = node.replace("node", "uid").as_str().into();
+        let challenge = Challenge::new(uid, slot.clone()).unwrap();
+        let message = challenge.message();
+        state.challenges.insert(slot.public_key, challenge);
+        state.say_to(node, Hear::KeyChallenge(message));
+    }
+
+    fn answered(&self, node: &str, proof: &proto::KeyProof) {
+        let mut state = self.state();
+        let key = PublicKey::try_from(proof.public_key.as_slice()).unwrap();
+        let slot = state.challenges.remove(&key).unwrap().verify(proof).unwrap();
+        state.proved.insert((node.to_owned(), slot.generation), key);
+        let result = proto::KeyResult {
+            public_key: proof.public_key.clone(),
+            accepted: true,
+            reason: String::new(),
+        };
+        state.say_to(node, Hear::KeyResult(result));
+    }
+
+    /// Asks a node for a key, until it is proved.
+    pub(crate) fn ask_key(&self, node: &str, generation: u64) {
+        let mut state = self.state();
+        state.asked.insert(node.into(), generation);
+        state.say_to(node, Hear::AskKey(proto::AskKey { generation }));
+    }
+
+    /// The key of a generation, once it is proved.
+    pub(crate) fn proved(&self, node: &str, generation: u64) -> Option<PublicKey> {
+        let mut state = self.state();
+        let key = state.proved.get(&(node.to_owned(), generation)).copied();
+        if key.is_some() {
+            state.asked.remove(node);
+        }
+        key
+    }
+
+    /// The private keys that a node says it has.
+    pub(crate) fn held(&self, node: &str) -> BTreeMap<u64, PublicKey> {
+        self.state().held.get(node).cloned().unwrap_or_default()
+    }
+
+    /// What a node says of its paths to a peer.
+    pub(crate) fn paths(&self, node: &str, peer: &str) -> Vec<PathState> {
+        let state = self.state();
+        let paths = state.paths.get(&(node.to_owned(), peer.to_owned()));
+        paths.cloned().unwrap_or_default()
+    }
+
+    /// What is published of the nodes.
+    pub(crate) fn nodes(&self) -> Vec<NodeRecord> {
+        self.state().nodes.clone()
     }
 
     fn endpoint(

@@ -3,6 +3,7 @@
 //! has names of its own and is removed at the end, also after a panic.
 #![allow(dead_code, reason = "each test binary uses a part of this module")]
 
+pub(crate) mod flow;
 mod keyd;
 pub(crate) mod net;
 
@@ -18,7 +19,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_agent_api::{Attachment, AttachmentKey, Request, Response, call};
 use warren_keyd_api::proof;
-use warren_model::{Datapath, NodeRecord, PodRef, PrivateKey, SlotKey};
+use warren_model::{Datapath, NodeRecord, PodRef, PrivateKey, PublicKey, SlotKey, keys::slots_of};
 
 /// Runs a command that must succeed.
 pub(crate) fn run(command: &str) -> String {
@@ -212,6 +213,17 @@ impl Drop for Mesh {
     }
 }
 
+/// Both slots that a key fills.
+pub(crate) fn slots_of_key(generation: u64, public_key: PublicKey) -> Vec<SlotKey> {
+    let slot = |slot: u8| SlotKey {
+        slot,
+        port: 51871 + u16::from(slot),
+        generation,
+        public_key,
+    };
+    slots_of(generation).map(slot).into()
+}
+
 const CLUSTER: &str = "
 podPools: [10.244.0.0/16, 'fd00:10:244::/48']
 nodePools: [172.30.0.0/24, 'fd00:30::/64']
@@ -230,12 +242,7 @@ impl Node {
                 format!("10.244.{n}.0/24").parse().unwrap(),
                 format!("fd00:10:244:{n}::/64").parse().unwrap(),
             ],
-            slots: vec![SlotKey {
-                slot: 0,
-                port: 51871,
-                generation: 1,
-                public_key: proof::public_key(&self.key),
-            }],
+            slots: slots_of_key(1, proof::public_key(&self.key)),
             active: 1,
             last: 1,
             datapath: Some(Datapath::Userspace),
