@@ -18,7 +18,7 @@ mod userspace;
 
 pub use fake::{Failure, Fake};
 pub use kernel::{Kernel, kernel_available};
-pub use userspace::{EngineStats, Userspace};
+pub use userspace::{EngineStats, Offloads, SocketOffloads, TunOffloads, Userspace};
 
 /// What a device has, read from the device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

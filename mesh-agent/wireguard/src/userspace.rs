@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
@@ -37,9 +37,64 @@ pub struct EngineStats {
     pub received_packets: u64,
     /// Packets that were dropped, by reason (P9). The names are in [`crate::engine::DropReason`].
     pub drops: BTreeMap<String, u64>,
-    /// What the kernel does for the engine: `tun-checksum`, `tun-tso`, `tun-uso`, `udp-gso`, `udp-gro`; and the CPU: `cipher-16-lanes`.
+    /// What the kernel and the CPU do for the engine.
     #[serde(default)]
-    pub offloads: Vec<String>,
+    pub offloads: Offloads,
+}
+
+/// What the kernel and the CPU do for a device of the engine, as it was found out when the device was attached to and its
+/// sockets were opened. [`std::fmt::Display`] is one line for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offloads {
+    /// Who speaks the protocol: `warren` or `boringtun`.
+    pub engine: String,
+    /// Messages that the cipher does at once: 1 is the usual one.
+    pub cipher_lanes: u32,
+    /// What the stack leaves to the engine, so that one read or write is many packets.
+    pub tun: TunOffloads,
+    /// One per address family; none as long as there is no port.
+    pub sockets: Vec<SocketOffloads>,
+}
+
+/// Offloads of a TUN device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunOffloads {
+    /// Checksums, which anything more needs.
+    pub checksum: bool,
+    /// TCP segmentation.
+    pub tso: bool,
+    /// UDP segmentation (Linux 6.2).
+    pub uso: bool,
+}
+
+/// Offloads of a UDP socket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketOffloads {
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    /// The kernel cuts buffers into datagrams. For destinations where it refuses, single ones are sent all the same.
+    pub gso: bool,
+    /// The kernel puts datagrams together.
+    pub gro: bool,
+}
+
+impl std::fmt::Display for Offloads {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let on = |on: bool| if on { "on" } else { "off" };
+        let TunOffloads { checksum, tso, uso } = self.tun;
+        write!(f, "engine {}, cipher lanes {}", self.engine, self.cipher_lanes)?;
+        write!(
+            f,
+            "; TUN checksum {}, TSO {}, USO {}",
+            on(checksum),
+            on(tso),
+            on(uso)
+        )?;
+        for SocketOffloads { family, gso, gro } in &self.sockets {
+            write!(f, "; UDP {family} GSO {}, GRO {}", on(*gso), on(*gro))?;
+        }
+        Ok(())
+    }
 }
 
 /// What the engine's control socket answers.

@@ -3,6 +3,8 @@
 mod support;
 
 use anyhow::{Result, ensure};
+use warren_wireguard::{EngineStats, Offloads};
+
 use support::{
     Engine, Lab,
     traffic::{ping, tcp_echo, udp_echo},
@@ -78,12 +80,22 @@ fn an_underlay_that_is_smaller_than_the_datagrams() -> Result<()> {
 fn offloads_are_in_use() -> Result<()> {
     let lab = pair(false)?;
     let stats = lab.nodes[0].control("stats warren0")?;
-    let offloads: Vec<&str> = stats["offloads"]
-        .as_array()
-        .map(|names| names.iter().filter_map(|name| name.as_str()).collect())
-        .unwrap_or_default();
-    for name in ["tun-checksum", "tun-tso", "udp-gso", "udp-gro"] {
-        ensure!(offloads.contains(&name), "{name} is missing: {stats}");
-    }
+    let stats: EngineStats = serde_json::from_value(stats)?;
+    let Offloads {
+        engine,
+        cipher_lanes,
+        tun,
+        sockets,
+    } = &stats.offloads;
+    ensure!(engine == "warren" && *cipher_lanes >= 1, "{stats:?}");
+    ensure!(tun.checksum && tun.tso, "{stats:?}");
+    let families: Vec<&str> = sockets.iter().map(|socket| socket.family.as_str()).collect();
+    ensure!(families == ["ipv4", "ipv6"], "{stats:?}");
+    ensure!(sockets.iter().all(|socket| socket.gso && socket.gro), "{stats:?}");
+    let told = stats.offloads.to_string();
+    ensure!(
+        told.contains("TSO on") && told.contains("UDP ipv6 GSO on, GRO on"),
+        "{told}"
+    );
     Ok(())
 }

@@ -13,10 +13,12 @@ use std::{
 
 use warren_model::{PrivateKey, PublicKey};
 
+use crate::Offloads;
+
 use super::{
     Implementation,
     drops::{Counters, DropReason},
-    lanes::Lanes,
+    lanes::{LANES, Lanes},
     peer::{self, Path, Peer},
     readers::Readers,
     table::Table,
@@ -159,13 +161,16 @@ impl Device {
         self.mtu.load(Ordering::Relaxed)
     }
 
-    /// What the kernel and the CPU do for the device, by name.
-    pub(super) fn offloads(&self) -> Vec<&'static str> {
+    /// What the kernel and the CPU do for the device.
+    pub(super) fn offloads(&self) -> Offloads {
         let sockets = self.read().sockets.clone();
-        let udp = sockets.iter().flat_map(|sockets| sockets.offloads());
         let lanes = self.implementation == Implementation::Warren && Lanes::available();
-        let cipher = lanes.then_some("cipher-16-lanes");
-        self.tun.offloads().chain(udp).chain(cipher).collect()
+        Offloads {
+            engine: self.implementation.to_string(),
+            cipher_lanes: if lanes { LANES as u32 } else { 1 },
+            tun: self.tun.offloads(),
+            sockets: sockets.iter().flat_map(|sockets| sockets.offloads()).collect(),
+        }
     }
 
     /// Runs the timers of all peers.

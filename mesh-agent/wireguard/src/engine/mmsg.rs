@@ -151,15 +151,24 @@ fn set_segment(header: &mut libc::msghdr, control: &mut Control, segment: u16) {
 
 /// Has the kernel put datagrams of one sender together. An error where it cannot.
 pub(super) fn enable_gro(socket: &UdpSocket) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: UDP_GRO reads one integer.
+    set(socket, libc::UDP_GRO, 1)
+}
+
+/// An error where the kernel does not cut buffers: it would send them whole.
+pub(super) fn probe_gso(socket: &UdpSocket) -> io::Result<()> {
+    // Zero is for messages that do not say into what they are to be cut.
+    set(socket, libc::UDP_SEGMENT, 0)
+}
+
+fn set(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: both options read one integer.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::SOL_UDP,
-            libc::UDP_GRO,
-            (&raw const on).cast(),
-            size_of_val(&on) as libc::socklen_t,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     match result {

@@ -71,7 +71,7 @@ pub use self::{drops::DropReason, supervisor::run};
 pub const TUN_FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI;
 
 /// The devices that an engine attaches to on its own when they exist.
-pub const DEFAULT_DEVICES: [&str; 3] = ["warren0", "warren1", "warren2"];
+pub const DEFAULT_DEVICES: [&str; 4] = ["warren0", "warren1", "warren2", "warren3"];
 
 /// The name of the engine's own control socket in its run directory. (`wg` takes every `*.sock` for a device.)
 ///

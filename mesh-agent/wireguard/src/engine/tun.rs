@@ -13,6 +13,8 @@ use std::{
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
+use crate::TunOffloads;
+
 use super::{
     TUN_FLAGS,
     image::{Reader, Writer},
@@ -157,13 +159,14 @@ impl Tun {
         (&self.file).write_vectored(slices).map(drop)
     }
 
-    /// What the stack leaves to the engine, by name.
-    pub(super) fn offloads(&self) -> impl Iterator<Item = &'static str> {
-        let known = [(CHECKSUM, "tun-checksum"), (TSO, "tun-tso"), (USO, "tun-uso")];
-        known
-            .into_iter()
-            .filter(|(offload, _)| self.offloads & offload == *offload)
-            .map(|(_, name)| name)
+    /// What the stack leaves to the engine.
+    pub(super) fn offloads(&self) -> TunOffloads {
+        let has = |offload| self.offloads & offload == offload;
+        TunOffloads {
+            checksum: has(CHECKSUM),
+            tso: has(TSO),
+            uso: has(USO),
+        }
     }
 
     /// The link's MTU in bytes.

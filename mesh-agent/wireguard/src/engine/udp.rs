@@ -18,6 +18,8 @@ use nix::{
     sys::socket::{self, AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, sockopt},
 };
 
+use crate::SocketOffloads;
+
 use super::{
     image::{Damaged, Reader, Writer},
     mmsg::{self, MOST_SEGMENTS, Outgoing},
@@ -70,14 +72,43 @@ impl Refusals {
 
 #[derive(Debug)]
 pub(super) struct Sockets {
-    v4: Arc<UdpSocket>,
+    v4: Socket,
     /// `None` where the machine has no IPv6.
-    v6: Option<Arc<UdpSocket>>,
+    v6: Option<Socket>,
     port: u16,
-    /// Whether the kernel puts datagrams together that arrive.
-    gro: bool,
     /// What [`Self::new_overflows`] has told already.
     overflows: AtomicU64,
+}
+
+/// A socket, and what the kernel does for it.
+#[derive(Debug)]
+struct Socket {
+    socket: Arc<UdpSocket>,
+    /// Cuts buffers into datagrams.
+    gso: bool,
+    /// Puts datagrams together.
+    gro: bool,
+}
+
+impl Socket {
+    fn new(socket: UdpSocket) -> Self {
+        Self {
+            gso: mmsg::probe_gso(&socket).is_ok(),
+            gro: mmsg::enable_gro(&socket).is_ok(),
+            socket: Arc::new(socket),
+        }
+    }
+
+    fn adopt(
+        descriptors: &mut impl Iterator<Item = OwnedFd>,
+        from: &mut Reader<'_>,
+    ) -> Result<Self, Damaged> {
+        Ok(Self {
+            socket: Arc::new(descriptors.next().ok_or(Damaged)?.into()),
+            gso: from.flag()?,
+            gro: from.flag()?,
+        })
+    }
 }
 
 impl Sockets {
@@ -99,7 +130,7 @@ impl Sockets {
         let port = v4.local_addr()?.port();
         let any = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0));
         let v6 = match open(AddressFamily::Inet6, &any) {
-            Ok(socket) => Some(Arc::new(socket)),
+            Ok(socket) => Some(Socket::new(socket)),
             // IPv6 is not built in, or switched off.
             Err(error)
                 if matches!(
@@ -111,12 +142,8 @@ impl Sockets {
             }
             Err(error) => return Err(error),
         };
-        let gro = std::iter::once(&v4)
-            .chain(v6.as_deref())
-            .all(|socket| mmsg::enable_gro(socket).is_ok());
         let sockets = Self {
-            gro,
-            v4: Arc::new(v4),
+            v4: Socket::new(v4),
             v6,
             port,
             overflows: AtomicU64::new(0),
@@ -132,26 +159,24 @@ impl Sockets {
         descriptors: &mut impl Iterator<Item = OwnedFd>,
         from: &mut Reader<'_>,
     ) -> Result<Self, Damaged> {
-        let (port, gro, v6, overflows) = (from.u16()?, from.flag()?, from.flag()?, from.u64()?);
-        let mut socket = || descriptors.next().map(|descriptor| Arc::new(descriptor.into()));
         Ok(Self {
-            v4: socket().ok_or(Damaged)?,
-            v6: match v6 {
-                true => Some(socket().ok_or(Damaged)?),
-                false => None,
-            },
-            port,
-            gro,
-            overflows: AtomicU64::new(overflows),
+            port: from.u16()?,
+            overflows: AtomicU64::new(from.u64()?),
+            v4: Socket::adopt(descriptors, from)?,
+            v6: from.option(|from| Socket::adopt(descriptors, from))?,
         })
     }
 
     /// Adds the sockets for a successor, and writes what there is to know about them.
     pub(super) fn descriptors(&self, descriptors: &mut Vec<OwnedFd>, out: &mut Writer) -> io::Result<()> {
         out.u16(self.port);
-        out.flag(self.gro);
-        out.flag(self.v6.is_some());
         out.u64(self.overflows.load(Ordering::Relaxed));
+        let write = |out: &mut Writer, socket: &Socket| {
+            out.flag(socket.gso);
+            out.flag(socket.gro);
+        };
+        write(out, &self.v4);
+        out.option(self.v6.as_ref(), write);
         for socket in self.each() {
             descriptors.push(socket.as_fd().try_clone_to_owned()?);
         }
@@ -163,6 +188,10 @@ impl Sockets {
     }
 
     pub(super) fn each(&self) -> impl Iterator<Item = &Arc<UdpSocket>> {
+        self.all().map(|socket| &socket.socket)
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Socket> {
         std::iter::once(&self.v4).chain(&self.v6)
     }
 
@@ -184,7 +213,7 @@ impl Sockets {
 
     /// Sends one datagram; waits a moment for room.
     pub(super) fn send(&self, datagram: &[u8], to: SocketAddr) -> io::Result<()> {
-        let socket = self.socket(&to)?;
+        let socket = &*self.socket(&to)?.socket;
         match socket.send_to(datagram, to) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 await_room(socket)?;
@@ -194,7 +223,7 @@ impl Sockets {
         }
     }
 
-    fn socket(&self, to: &SocketAddr) -> io::Result<&UdpSocket> {
+    fn socket(&self, to: &SocketAddr) -> io::Result<&Socket> {
         match to {
             SocketAddr::V4(_) => Ok(&self.v4),
             SocketAddr::V6(_) => Ok(self.v6.as_ref().ok_or(Errno::EAFNOSUPPORT)?),
@@ -211,21 +240,23 @@ impl Sockets {
     ) {
         let mut next = 0;
         while let Some(first) = messages.get(next) {
-            if first.bytes.len() > first.segment && refusals.holds(&first.to, now) {
+            let Ok(Socket { socket, gso, .. }) = self.socket(&first.to) else {
+                sent(next, 0, 0);
+                next += 1;
+                continue;
+            };
+            let mut single = |message: &Outgoing<'_>| {
+                message.bytes.len() > message.segment && (!gso || refusals.holds(&message.to, now))
+            };
+            if single(first) {
                 let (count, bytes) = self.send_singly(first);
                 sent(next, count, bytes);
                 next += 1;
                 continue;
             }
-            let Ok(socket) = self.socket(&first.to) else {
-                sent(next, 0, 0);
-                next += 1;
-                continue;
-            };
-            let alike = messages[next..].iter().take_while(|message| {
-                message.to.is_ipv4() == first.to.is_ipv4()
-                    && (message.bytes.len() <= message.segment || !refusals.holds(&message.to, now))
-            });
+            let alike = messages[next..]
+                .iter()
+                .take_while(|message| message.to.is_ipv4() == first.to.is_ipv4() && !single(message));
             let alike = alike.count();
             match send_some(socket, &messages[next..next + alike]) {
                 Ok(count) => {
@@ -263,7 +294,7 @@ impl Sockets {
             count += 1;
         }
         let (mut sent, mut sent_bytes, mut next) = (0, 0, 0);
-        let Ok(socket) = self.socket(&message.to) else {
+        let Ok(Socket { socket, .. }) = self.socket(&message.to) else {
             return (0, 0);
         };
         while next < count {
@@ -282,10 +313,14 @@ impl Sockets {
         (sent, sent_bytes)
     }
 
-    /// What the kernel does for the sockets, by name.
-    pub(super) fn offloads(&self) -> impl Iterator<Item = &'static str> {
-        let gro = self.gro.then_some("udp-gro");
-        std::iter::once("udp-gso").chain(gro)
+    /// What the kernel does for each socket.
+    pub(super) fn offloads(&self) -> impl Iterator<Item = SocketOffloads> {
+        let names = ["ipv4", "ipv6"];
+        self.all().zip(names).map(|(socket, family)| SocketOffloads {
+            family: family.into(),
+            gso: socket.gso,
+            gro: socket.gro,
+        })
     }
 }
 
