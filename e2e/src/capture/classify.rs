@@ -35,7 +35,7 @@ impl Mesh {
         Self {
             pods: config.pod_pools.clone(),
             nodes: config.node_pools.clone(),
-            wireguard: config.wireguard_port..=config.wireguard_port + 2,
+            wireguard: config.wireguard_port..=config.slot_port(warren_model::node::SLOTS - 1),
             control: [config.keyd_port, config.apiserver_port],
         }
     }
@@ -240,7 +240,7 @@ mod tests {
         Mesh {
             pods: crate::lab::net::pod_pools().to_vec(),
             nodes: crate::lab::net::node_pools().to_vec(),
-            wireguard: 51871..=51873,
+            wireguard: 51871..=51874,
             control: [4250, 6443],
         }
     }
@@ -291,7 +291,7 @@ mod tests {
             Class::Encrypted
         );
         assert_eq!(
-            classify(&mesh(), &frame("fd00:30::1", "fd00:30::2", (51873, 51873), &[])),
+            classify(&mesh(), &frame("fd00:30::1", "fd00:30::2", (51874, 51874), &[])),
             Class::Encrypted
         );
         assert_eq!(

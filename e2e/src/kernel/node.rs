@@ -94,7 +94,7 @@ impl Node {
             encryption: true,
             service_cidrs: prefixes(SERVICES),
             node_ports: (30_000, 32_767),
-            wireguard_ports: (51_871, 51_873),
+            wireguard_ports: (51_871, 51_874),
         })?;
         // Two devices per veth, and no more than both ends are needed for.
         let mut devices = Vec::new();

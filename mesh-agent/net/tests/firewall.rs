@@ -53,7 +53,7 @@ impl Node {
             .ifindex]
         .into();
         let config = NftConfig {
-            tunnels: (0..3).map(|n| format!("warren{n}")).collect(),
+            tunnels: (0..4).map(|n| format!("warren{n}")).collect(),
             safe,
             pods: ["10.244.0.0/16", "fd00:10:244::/48"]
                 .map(|net| net.parse().expect("prefix"))
