@@ -131,6 +131,9 @@ pub(crate) enum Engine {
 /// Options of the status commands.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct StatusOptions {
+    /// Also what is of interest when it is slow: offloads of the tunnel process.
+    #[arg(short, long)]
+    pub(crate) verbose: bool,
     /// How to print.
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     pub(crate) output: Output,

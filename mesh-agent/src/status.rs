@@ -119,6 +119,7 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
                 .find(|key| Some(key.public_key) == public_key)
                 .map_or(0, |key| key.generation),
             mtu: device.mtu,
+            offloads: runner.machine.offloads(*slot).await,
         });
         let Ok(dump) = runner.machine.dump(*slot).await else {
             continue;
@@ -383,7 +384,7 @@ pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentS
 pub(crate) fn encrypt_main(options: &StatusOptions) -> ExitCode {
     match call(&options.socket, &Request::EncryptStatus, ANSWER_TIME) {
         Ok(Response::EncryptStatus(status)) => {
-            print(options.output, &*status, encrypt_text);
+            print(options.output, &*status, |status| encrypt_text(status, options.verbose));
             if status.mismatches.is_empty() {
                 ExitCode::SUCCESS
             } else {
@@ -429,7 +430,7 @@ fn print<T: serde::Serialize>(output: Output, status: &T, text: impl Fn(&T) -> S
 }
 
 /// In the spirit of `wg show`.
-fn encrypt_text(status: &EncryptStatus) -> String {
+fn encrypt_text(status: &EncryptStatus, verbose: bool) -> String {
     let mut out = String::new();
     let state = match (status.enabled, status.mismatches.is_empty()) {
         (true, _) => "WireGuard",
@@ -461,6 +462,9 @@ fn encrypt_text(status: &EncryptStatus) -> String {
         let _ = writeln!(out, "  key generation: {}", interface.generation);
         let _ = writeln!(out, "  mtu: {}", interface.mtu);
         let _ = writeln!(out, "  number of peers: {peers}");
+        if let Some(offloads) = interface.offloads.as_ref().filter(|_| verbose) {
+            let _ = writeln!(out, "  offloads: {offloads}");
+        }
     }
     for peer in &status.peers {
         peer_text(&mut out, peer);
@@ -613,7 +617,7 @@ mod tests {
             exemptions: vec!["x".into()],
             drops: vec![("no-path".into(), 3), ("policy".into(), 0)],
         };
-        let text = encrypt_text(&status);
+        let text = encrypt_text(&status, true);
         assert!(
             text.starts_with("Encryption: Degraded\n  ! warren0 is down\n"),
             "{text}"

@@ -423,6 +423,9 @@ pub struct InterfaceStatus {
     pub generation: u64,
     /// MTU in bytes.
     pub mtu: u32,
+    /// What the kernel and the CPU do for the tunnel process, a line; `None` for WireGuard of the kernel.
+    #[serde(default)]
+    pub offloads: Option<String>,
 }
 
 /// A peer on a device of this node.

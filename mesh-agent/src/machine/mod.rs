@@ -162,6 +162,17 @@ impl Machine {
         self.host_fault.as_ref()
     }
 
+    /// What the kernel and the CPU do for a device of the tunnel process, a line.
+    pub(crate) async fn offloads(&self, slot: u8) -> Option<String> {
+        match &self.wireguard {
+            WireGuard::Kernel(_) => None,
+            WireGuard::Userspace(driver) => {
+                let stats = driver.stats(&warren_agent_core::slot_device(slot)).await;
+                stats.ok().map(|stats| stats.offloads.to_string())
+            }
+        }
+    }
+
     /// Dropped packets by reason: the programs', the stack's, the packet filter's and the engine's.
     pub(crate) async fn drops(&self) -> BTreeMap<String, u64> {
         let mut drops: BTreeMap<String, u64> = BTreeMap::new();
