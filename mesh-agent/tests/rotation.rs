@@ -5,7 +5,7 @@ mod support;
 
 use std::fs;
 
-use support::{Keyd, Mesh, Node, Pod, eventually, flow, slots_of_key};
+use support::{Keyd, Mesh, Node, Pod, eventually, flow, memory::Secret, slots_of_key};
 use warren_agent_api::{KeyPhase, KeyState};
 use warren_model::{
     NodeRecord, PublicKey,
@@ -61,6 +61,22 @@ fn rotate(mesh: &mut Mesh, nodes: &[String], mut at: impl FnMut(Phase, &mut Mesh
     let keyd = mesh.keyd.clone();
     let all: Vec<String> = mesh.nodes.iter().map(name).collect();
     let before: Vec<NodeKeys> = nodes.iter().map(|node| record(&keyd, node).keys()).collect();
+    let chosen = |mesh: &Mesh| -> Vec<usize> {
+        (0..mesh.nodes.len())
+            .filter(|n| nodes.contains(&name(&mesh.nodes[*n])))
+            .collect()
+    };
+    let secrets: Vec<Secret> = chosen(mesh)
+        .into_iter()
+        .zip(&before)
+        .map(|(n, keys)| Secret::of(&mesh.nodes[n], keys.active))
+        .collect();
+    for (n, secret) in chosen(mesh).into_iter().zip(&secrets) {
+        assert!(
+            secret.is_in_agent(&mesh.nodes[n]),
+            "the search finds a key that is in use"
+        );
+    }
     for (node, keys) in nodes.iter().zip(&before) {
         keyd.ask_key(node, keys.next());
     }

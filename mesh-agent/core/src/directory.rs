@@ -11,6 +11,8 @@ use warren_model::{
     policy::{NodeFacts, PolicyRef, Rule, Selector, SelectorId},
 };
 
+use crate::slots::newer;
+
 /// An entry of the directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
@@ -120,7 +122,9 @@ impl Directory {
     pub fn apply(&mut self, change: &Change) -> bool {
         (self.epoch, self.version) = (change.epoch, change.version);
         let mut nodes = change.whole;
+        let mut known = BTreeMap::new();
         if change.whole {
+            known = std::mem::take(&mut self.nodes);
             *self = Self {
                 epoch: change.epoch,
                 version: change.version,
@@ -140,7 +144,9 @@ impl Directory {
             match entry {
                 Entry::Node(node) => {
                     nodes = true;
-                    self.nodes.insert(node.name.clone(), node.clone());
+                    let before = self.nodes.get(&node.name).or_else(|| known.get(&node.name));
+                    let node = with_newest_keys(before, node.clone());
+                    self.nodes.insert(node.name.clone(), node);
                 }
                 Entry::Identity(identity, labels) => {
                     self.identities.insert(*identity, labels.clone());
@@ -155,5 +161,61 @@ impl Directory {
             }
         }
         nodes
+    }
+}
+
+/// The keys of a node never go back: a record that would set them back comes from a leader that has not seen the newest,
+/// and says nothing about keys.
+fn with_newest_keys(known: Option<&NodeRecord>, mut offered: NodeRecord) -> NodeRecord {
+    if let Some(known) = known.filter(|known| !newer(&known.keys(), &offered.keys())) {
+        offered.slots.clone_from(&known.slots);
+        (offered.active, offered.last) = (known.active, known.last);
+    }
+    offered
+}
+
+#[cfg(test)]
+mod tests {
+    use warren_model::{PublicKey, SlotKey};
+
+    use super::*;
+
+    fn node(uid: &str, generation: u64) -> NodeRecord {
+        let slot = SlotKey {
+            slot: 0,
+            port: 51871,
+            generation,
+            public_key: PublicKey::from_bytes([generation as u8 + 1; 32]).unwrap(),
+        };
+        NodeRecord {
+            name: "node2".into(),
+            uid: uid.into(),
+            endpoints: vec![],
+            addresses: vec![],
+            prefixes: vec![format!("10.244.{generation}.0/24").parse().unwrap()],
+            slots: vec![slot],
+            active: generation,
+            last: generation,
+            datapath: None,
+        }
+    }
+
+    #[test]
+    fn keys_never_go_back_but_those_of_a_new_node_are_its_own() {
+        for whole in [true, false] {
+            let change = |node| Change {
+                whole,
+                upserts: vec![Entry::Node(node)],
+                ..Change::default()
+            };
+            let mut directory = Directory::default();
+            directory.apply(&change(node("uid", 3)));
+            directory.apply(&change(node("uid", 1)));
+            let kept = &directory.nodes[&"node2".into()];
+            assert_eq!((kept.active, kept.last, kept.slots[0].generation), (3, 3, 3));
+            assert_eq!(kept.prefixes, node("uid", 1).prefixes, "the rest is the newest");
+            directory.apply(&change(node("another", 1)));
+            assert_eq!(directory.nodes[&"node2".into()], node("another", 1));
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 pub(crate) mod flow;
 mod keyd;
+pub(crate) mod memory;
 pub(crate) mod net;
 
 use std::{
@@ -317,19 +318,23 @@ impl Node {
         }
     }
 
+    /// The processes of this node's agent that were started with a word in their command line.
+    pub(crate) fn processes(&self, word: &str) -> Vec<u32> {
+        let pids = run(&format!("ip netns pids {}", self.netns));
+        let is_one = |pid: &u32| {
+            fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line.split(|b| *b == 0).any(|w| w == word.as_bytes()))
+        };
+        pids.lines()
+            .filter_map(|pid| pid.trim().parse().ok())
+            .filter(is_one)
+            .collect()
+    }
+
     /// Kills the tunnel process of this node.
     pub(crate) fn kill_tunnel(&self) {
-        let pids = run(&format!("ip netns pids {}", self.netns));
-        let is_tunnel = |pid: &&str| {
-            fs::read(format!("/proc/{pid}/cmdline"))
-                .is_ok_and(|line| line.split(|b| *b == 0).any(|w| w == b"tunnel"))
-        };
-        let pid = pids
-            .lines()
-            .map(str::trim)
-            .find(is_tunnel)
-            .expect("a tunnel process");
-        run(&format!("kill -9 {pid}"));
+        let pids = self.processes("tunnel");
+        run(&format!("kill -9 {}", pids.first().expect("a tunnel process")));
     }
 
     fn stop_all(&mut self) {
