@@ -384,7 +384,9 @@ pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentS
 pub(crate) fn encrypt_main(options: &StatusOptions) -> ExitCode {
     match call(&options.socket, &Request::EncryptStatus, ANSWER_TIME) {
         Ok(Response::EncryptStatus(status)) => {
-            print(options.output, &*status, |status| encrypt_text(status, options.verbose));
+            print(options.output, &*status, |status| {
+                encrypt_text(status, options.verbose)
+            });
             if status.mismatches.is_empty() {
                 ExitCode::SUCCESS
             } else {
