@@ -132,6 +132,36 @@ impl StateDir {
     }
 }
 
+/// Which directory the devices were last made from. Kept where a reboot forgets it, as it does the devices: a disk that was
+/// set back (a restored image) must not take devices back with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Applied(PathBuf);
+
+impl Applied {
+    /// The marker in the run directory.
+    pub(crate) fn new(run_dir: &Path) -> Self {
+        Self(run_dir.join("applied"))
+    }
+
+    /// Epoch and version; (0, 0) after a reboot, or where nothing was applied yet.
+    pub(crate) fn read(&self) -> (u64, u64) {
+        let text = fs::read_to_string(&self.0).unwrap_or_default();
+        let mut words = text.splitn(3, ' ');
+        let mut number = || words.next().and_then(|word| word.parse().ok());
+        match (number(), number()) {
+            (Some(epoch), Some(version)) if words.next().map(str::trim) == Some(&boot_id()) => {
+                (epoch, version)
+            }
+            _ => (0, 0),
+        }
+    }
+
+    /// Written after the directory is on disk and before devices follow it.
+    pub(crate) fn write(&self, (epoch, version): (u64, u64)) -> Result<()> {
+        write_private(&self.0, format!("{epoch} {version} {}\n", boot_id()).as_bytes())
+    }
+}
+
 /// Changes with every boot of the machine, and with the network namespace that interface indexes belong to.
 fn boot_id() -> String {
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
@@ -184,6 +214,19 @@ mod tests {
         assert!(state.load_snapshot(root).is_none());
         state.save_snapshot(b"WARRENS1\0\0").unwrap();
         assert!(state.load_snapshot(root).is_none());
+    }
+
+    #[test]
+    fn what_was_applied_is_known_until_the_next_boot() {
+        let directory = tempfile::tempdir().unwrap();
+        let applied = Applied::new(directory.path());
+        assert_eq!(applied.read(), (0, 0));
+        applied.write((7, 9)).unwrap();
+        assert_eq!(applied.read(), (7, 9));
+        for other in ["8 9 another boot", "8", "x y z", ""] {
+            fs::write(directory.path().join("applied"), other).unwrap();
+            assert_eq!(applied.read(), (0, 0), "{other}");
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use tokio::{
 };
 use warren_agent_api::{Attachment, Request, Response};
 use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, policy::LocalEndpoint};
+use warren_keyd_api::snapshot::Directory;
 use warren_model::{Datapath, IdentityId, PodRef, PublicKey, policy::NodeFacts};
 use warren_net::Net;
 
@@ -24,7 +25,7 @@ use crate::{
     cli::RunOptions,
     cni,
     config::{self, Config},
-    files::{SavedEndpoints, StateDir, make_private_dir},
+    files::{Applied, SavedEndpoints, StateDir, make_private_dir},
     keyd::{self, Contents, FromKeyd, Received, Refused, ToKeyd},
     keys::KeyStore,
     machine::Machine,
@@ -161,7 +162,10 @@ async fn run(config: Config) -> Result<()> {
     let (inputs, received) = mpsc::unbounded_channel();
     let (to_keyd, commands) = mpsc::unbounded_channel();
     let (from_keyd, keyd_events) = mpsc::unbounded_channel();
-    let directory = keyd::snapshot_root(&config, &state).and_then(|root| state.load_snapshot(root));
+    let applied = Applied::new(&config.options.run_dir);
+    let directory = keyd::snapshot_root(&config, &state)
+        .and_then(|root| state.load_snapshot(root))
+        .filter(|directory| is_newest(directory, applied.read()));
     let shared = Shared::new(machine.programs());
     let defaults = NodeFacts {
         closed_to_host: !config.cluster.host_reaches_pods,
@@ -214,6 +218,8 @@ async fn run(config: Config) -> Result<()> {
         changes: to_enforcer,
         inputs: inputs.clone(),
         saving: Arc::default(),
+        floor: applied.read(),
+        applied,
         resync: false,
         events: from_keyd,
         commands,
@@ -221,6 +227,18 @@ async fn run(config: Config) -> Result<()> {
     tokio::spawn(client.run());
     forward_inputs(events, keyd_events, inputs);
     runner.run(received).await
+}
+
+/// Whether the directory on disk is not older than what the devices were made from.
+fn is_newest(directory: &Directory, applied: (u64, u64)) -> bool {
+    let newest = directory.position() >= applied;
+    if !newest {
+        tracing::error!(
+            disk = ?directory.position(), ?applied,
+            "the directory on disk is older than what is in force: the disk was set back; waiting for keyd"
+        );
+    }
+    newest
 }
 
 fn forward_inputs(

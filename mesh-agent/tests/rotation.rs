@@ -263,3 +263,22 @@ fn a_key_that_is_withdrawn_leaves_nothing() {
         assert!(flow.end() > 0);
     }
 }
+
+#[test]
+fn a_disk_that_is_set_back_takes_nothing_back() {
+    let mut mesh = Mesh::new(2);
+    let pods = pods(&mut mesh);
+    let before = fs::read(mesh.nodes[0].home.join("state/snapshot")).unwrap();
+    let flows = flow::between(&pods[0], &pods[1]);
+    let both = [name(&mesh.nodes[0]), name(&mesh.nodes[1])];
+    rotate(&mut mesh, &both, |_, _| {});
+    let devices = mesh.nodes[0].encrypt_status().interfaces;
+    mesh.nodes[0].kill_agent();
+    fs::write(mesh.nodes[0].home.join("state/snapshot"), before).unwrap();
+    mesh.nodes[0].start();
+    mesh.nodes[0].wait_ready();
+    assert_eq!(mesh.nodes[0].encrypt_status().interfaces, devices);
+    for flow in flows {
+        assert!(flow.end() > 0);
+    }
+}

@@ -17,7 +17,13 @@ use warren_agent_core::{Endpoint, slots::PairReport};
 use warren_keyd_api::{proto, snapshot::Directory};
 use warren_model::{Datapath, IdentityId};
 
-use crate::{config::Config, files::StateDir, keys::KeyStore, policy::ToEnforcer, runner::Input};
+use crate::{
+    config::Config,
+    files::{Applied, StateDir},
+    keys::KeyStore,
+    policy::ToEnforcer,
+    runner::Input,
+};
 
 pub(crate) use contents::{Contents, Received};
 pub(crate) use trust::snapshot_root;
@@ -85,6 +91,10 @@ pub(crate) struct Client {
     pub(crate) changes: std::sync::mpsc::Sender<ToEnforcer>,
     /// Epoch and version of the copy on disk; held while one is written.
     pub(crate) saving: Arc<Mutex<(u64, u64)>>,
+    /// Which directory the devices were made from.
+    pub(crate) applied: Applied,
+    /// What was in force at the start: nothing older is taken.
+    pub(crate) floor: (u64, u64),
     /// The next session asks for all of the directory, not for what is new.
     pub(crate) resync: bool,
     pub(crate) events: mpsc::UnboundedSender<FromKeyd>,

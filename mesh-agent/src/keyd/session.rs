@@ -345,11 +345,24 @@ impl Client {
                     "directory changed"
                 );
                 self.resync = false;
+                let position = directory.position();
+                if position < self.floor {
+                    let (floor, resync) = (self.floor, true);
+                    (self.directory, self.resync) = (None, resync);
+                    return Err(format!(
+                        "keyd's directory {position:?} is older than {floor:?}, which is in force on this node"
+                    ));
+                }
                 let received = self.contents.change(directory, change);
                 session.unsaved = true;
                 if received.keys_changed {
                     // Devices must never be ahead of the disk: an agent that is killed now goes on from there.
-                    tokio::task::block_in_place(|| self.to_disk().map(Unsaved::save));
+                    tokio::task::block_in_place(|| {
+                        self.to_disk().map(Unsaved::save);
+                        if let Err(error) = self.applied.write(position) {
+                            tracing::warn!(error = %format!("{error:#}"), "what is applied cannot be noted");
+                        }
+                    });
                     session.unsaved = false;
                 }
                 let _ = self.changes.send(ToEnforcer::Directory(received));
