@@ -14,7 +14,8 @@ use kube::CustomResourceExt as _;
 
 pub use identity::{MeshIdentity, MeshIdentitySpec};
 pub use node::{
-    Condition, MeshNode, MeshNodeSpec, MeshNodeStatus, RevokedKeys, SlotSpec, SpecError, signed_bytes,
+    Condition, MeshNode, MeshNodeSpec, MeshNodeStatus, RevocationStatus, RevokedKeys, SlotSpec, SpecError,
+    signed_bytes,
 };
 pub use rotation::{
     KeyRotation, KeyRotationSpec, KeyRotationStatus, NodeChoice, PlannedNode, RotationCounts,

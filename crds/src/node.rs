@@ -115,6 +115,9 @@ pub struct SlotSpec {
     /// Base64, 44 characters.
     #[schemars(length(min = 44, max = 44))]
     pub public_key: String,
+    /// When keyd accepted the key, Unix seconds; 0: not known.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub since: u64,
 }
 
 /// Keys of a former incarnation, or replaced ones.
@@ -142,6 +145,27 @@ pub struct MeshNodeStatus {
     /// `Connected`, `Ready`.
     #[serde(default)]
     pub conditions: Vec<Condition>,
+    /// Who has removed the keys of this node, where it is gone or revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revocation: Option<RevocationStatus>,
+}
+
+/// Who has removed the keys of a node that is gone.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RevocationStatus {
+    /// UID of the node that had the keys.
+    #[serde(rename = "nodeUID")]
+    pub node_uid: String,
+    /// All agents have.
+    #[serde(default)]
+    pub complete: bool,
+    /// Agents that have applied a directory without the keys.
+    #[serde(default)]
+    pub acknowledged: u32,
+    /// Nodes whose agents have not, or are not connected; the first ones.
+    #[serde(default)]
+    pub waiting: Vec<String>,
 }
 
 /// A condition in the usual shape.
@@ -240,6 +264,7 @@ impl SlotSpec {
             port: slot.port,
             generation: slot.generation,
             public_key: slot.public_key.to_string(),
+            since: 0,
         }
     }
 

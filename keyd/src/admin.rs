@@ -20,11 +20,13 @@ use warren_keyd_api::proto::{
     AskAgentRequest, AskAgentResponse, CreateJoinTokenRequest, CreateJoinTokenResponse, DirectoryChunk,
     DirectoryRequest, EntryKind, PoliciesRequest, PoliciesResponse, StatusRequest, StatusResponse,
     admin_server::{Admin, AdminServer},
+    keys_server::KeysServer,
 };
 use warren_model::NodeName;
 
 use crate::{
     clock, files, hub,
+    keys_service::KeysService,
     questions::AskError,
     service::{Role, Service},
     source::parse::valid_name,
@@ -46,19 +48,23 @@ pub(crate) struct AdminService {
     pub(crate) advertise: String,
 }
 
-fn ended() -> Status {
+pub(crate) fn ended() -> Status {
     Status::unavailable("keyd is changing its leader: try again")
 }
 
-impl AdminService {
-    /// The hub; only the leader's index is published.
-    fn leader(&self) -> Result<mpsc::Sender<hub::Command>, Status> {
-        self.service.hub().map_err(|leader| {
-            Status::failed_precondition(match leader.first() {
-                Some(address) => format!("this keyd does not lead: ask the one at {address}"),
-                None => "no keyd leads at the moment: try again".to_owned(),
-            })
+/// The hub; only the leader's index is published.
+pub(crate) fn leader(service: &Service) -> Result<mpsc::Sender<hub::Command>, Status> {
+    service.hub().map_err(|leader| {
+        Status::failed_precondition(match leader.first() {
+            Some(address) => format!("this keyd does not lead: ask the one at {address}"),
+            None => "no keyd leads at the moment: try again".to_owned(),
         })
+    })
+}
+
+impl AdminService {
+    fn leader(&self) -> Result<mpsc::Sender<hub::Command>, Status> {
+        leader(&self.service)
     }
 }
 
@@ -205,7 +211,11 @@ fn bind(path: &Path) -> anyhow::Result<(UnixListener, Socket)> {
 }
 
 /// Serves the socket. Besides the file's mode the peer's user is checked: root, or whoever runs keyd.
-pub(crate) fn serve(path: &Path, admin: AdminService) -> anyhow::Result<impl Future<Output = ()> + use<>> {
+pub(crate) fn serve(
+    path: &Path,
+    admin: AdminService,
+    keys: KeysService,
+) -> anyhow::Result<impl Future<Output = ()> + use<>> {
     let (listener, socket) = bind(path)?;
     // The process owns the file it has just made.
     let own = std::os::unix::fs::MetadataExt::uid(&fs::metadata(path)?);
@@ -221,6 +231,7 @@ pub(crate) fn serve(path: &Path, admin: AdminService) -> anyhow::Result<impl Fut
         let _socket = socket;
         let served = Server::builder()
             .add_service(AdminServer::from_arc(admin))
+            .add_service(KeysServer::new(keys))
             .serve_with_incoming(incoming)
             .await;
         if let Err(error) = served {

@@ -7,8 +7,8 @@ use tokio::sync::{mpsc, oneshot};
 use warren_keyd_api::{
     convert::node_to_proto,
     proto::{
-        AgentStatus, DirectoryChunk, EntryKind, KeydMessage, NodeStatus, PolicyStatus, Question,
-        StatusResponse, keyd_message::Body,
+        AgentStatus, DirectoryChunk, EntryKind, KeydMessage, ListKeysResponse, NodeStatus, PairAudit,
+        PolicyStatus, Question, RotationStatus, StatusResponse, keyd_message::Body,
     },
 };
 use warren_keyd_core::{AgentEvent, Core, Event, Output, Record, SessionId, SourceEvent};
@@ -17,14 +17,20 @@ use warren_model::{
     policy::{PolicyError, PolicyKind, PolicyRef, Rule},
 };
 
+mod audit;
+mod keys;
+
+pub(crate) use self::keys::Revoked;
 use crate::{
-    clock,
+    clock, key_writer,
     lag::Lag,
     metrics::Metrics,
     node_status::{Seen as SeenNode, Statuses},
+    notes::Notes,
     policy_status::{PolicyStatuses, Seen},
     publisher::{Order, SessionHandle},
     questions::{AskError, Questions, Reply},
+    rotations,
 };
 
 /// How many commands are taken before one version is made of them.
@@ -83,6 +89,18 @@ pub(crate) enum Command {
     Ask(NodeName, String, Reply),
     /// An agent's answer.
     Answer(SessionId, u64, Result<String, String>),
+    /// What the store says.
+    Core(Event),
+    /// Another term has begun, with this epoch: this one is over.
+    Fenced(u64),
+    /// Keys of some nodes; of all where none is named.
+    ListKeys(Vec<NodeName>, oneshot::Sender<ListKeysResponse>),
+    /// Some rotations; all where none is named.
+    Rotations(Vec<String>, oneshot::Sender<Vec<RotationStatus>>),
+    /// Pairs of a node, or all; those that do not agree, or all.
+    Audit(Option<NodeName>, bool, oneshot::Sender<Vec<PairAudit>>),
+    /// The keys of a node are void from now on, for this reason.
+    Revoke(NodeName, String, oneshot::Sender<Result<Revoked, String>>),
 }
 
 /// What is known of an agent beyond the directory.
@@ -114,8 +132,23 @@ pub(crate) struct Hub {
     statuses: Option<(Statuses, tokio::time::Instant)>,
     policy_statuses: Option<PolicyStatuses>,
     lag: Arc<Lag>,
+    shell: Shell,
+    rotation_statuses: rotations::Statuses,
+    /// Revocations of this round, with who asked for them.
+    revoking: Vec<(NodeName, NodeUid, oneshot::Sender<Result<Revoked, String>>)>,
+}
+
+/// Where the hub's words go, besides the publisher.
+#[derive(Debug)]
+pub(crate) struct Shell {
     /// Conditions to write.
-    conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
+    pub(crate) conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
+    /// Keys to write.
+    pub(crate) keys: mpsc::UnboundedSender<key_writer::Write>,
+    /// Statuses of rotations to write.
+    pub(crate) rotations: mpsc::UnboundedSender<rotations::Wanted>,
+    /// Events on Nodes.
+    pub(crate) notes: Notes,
 }
 
 impl Hub {
@@ -123,8 +156,8 @@ impl Hub {
         core: Core,
         orders: mpsc::UnboundedSender<Order>,
         metrics: Metrics,
-        load_problems: Vec<String>,
-        conditions: mpsc::UnboundedSender<(PolicyRef, Condition)>,
+        loaded: (Vec<String>, rotations::Statuses),
+        shell: Shell,
         lag: Arc<Lag>,
         (epoch, with_statuses): (u64, bool),
     ) -> Self {
@@ -133,7 +166,9 @@ impl Hub {
             lag,
             uid_questions: vec![],
             questions: Questions::default(),
-            conditions,
+            shell,
+            rotation_statuses: loaded.1,
+            revoking: vec![],
             policy_statuses: with_statuses.then(PolicyStatuses::default),
             statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
@@ -142,7 +177,7 @@ impl Hub {
             agents: BTreeMap::new(),
             source_problems: vec![],
             store_problems: BTreeMap::new(),
-            load_problems,
+            load_problems: loaded.0,
         }
     }
 
@@ -162,10 +197,18 @@ impl Hub {
                 }
             }
             for command in batch.drain(..) {
+                if let Command::Fenced(epoch) = command {
+                    tracing::warn!(ours = self.epoch, epoch, "another keyd leads: this term is over");
+                    return;
+                }
                 self.take(command);
             }
             self.answer_uid_questions();
+            self.core.set_unix_time(clock::unix_ms() / 1000);
             for output in self.core.poll(clock::monotonic_ms()) {
+                let Some(output) = self.take_keys(output) else {
+                    continue;
+                };
                 match &output {
                     Output::Close { session, .. } => self.disconnected(*session),
                     Output::Validity { policy, validity } => {
@@ -181,11 +224,14 @@ impl Hub {
                     return;
                 }
             }
+            self.answer_revoked();
             self.write_conditions();
+            self.write_rotations();
             if let Some(pause) = self.lag.pause() {
                 tokio::time::sleep(pause).await;
             }
             if ticked {
+                self.rotation_statuses.look_again(&self.core);
                 self.measure();
                 self.write_statuses();
             }
@@ -243,6 +289,13 @@ impl Hub {
             }
             Command::Ask(node, request, reply) => self.ask(&node, request, reply),
             Command::Answer(session, id, answer) => self.questions.answer(session, id, answer),
+            Command::Core(event) => self.core.handle(now, event),
+            // The loop has ended by then.
+            Command::Fenced(_) => {}
+            Command::ListKeys(names, reply) => drop(reply.send(self.list_keys(&names))),
+            Command::Rotations(names, reply) => drop(reply.send(self.rotations(&names))),
+            Command::Audit(node, bad, reply) => drop(reply.send(self.audit(node.as_ref(), bad))),
+            Command::Revoke(node, reason, reply) => self.revoke(&node, &reason, reply),
         }
     }
 
@@ -273,6 +326,14 @@ impl Hub {
             // A publisher that is gone ends this task at its next output.
             let _ = self.orders.send(Order::Tell(session, KeydMessage { body }));
         }
+    }
+
+    fn session_of(&self, node: &NodeName) -> Option<SessionId> {
+        self.agents.get(node).and_then(|agent| agent.session)
+    }
+
+    fn status_of(&self, node: &NodeName) -> Option<&AgentStatus> {
+        self.agents.get(node).and_then(|agent| agent.status.as_ref())
     }
 
     fn policies(&self) -> Vec<PolicyStatus> {
@@ -329,6 +390,8 @@ impl Hub {
         let session = match event {
             AgentEvent::Connected { session, .. }
             | AgentEvent::KeyProved { session, .. }
+            | AgentEvent::Held { session, .. }
+            | AgentEvent::Paths { session, .. }
             | AgentEvent::EndpointAdd { session, .. }
             | AgentEvent::EndpointDelete { session, .. }
             | AgentEvent::Applied { session, .. } => *session,
@@ -470,7 +533,7 @@ impl Hub {
         };
         for wanted in statuses.take(k8s_openapi::jiff::Timestamp::now()) {
             // A writer that is gone ends with the term.
-            let _ = self.conditions.send(wanted);
+            let _ = self.shell.conditions.send(wanted);
         }
     }
 
@@ -483,7 +546,21 @@ impl Hub {
         }
         *last = tokio::time::Instant::now();
         let now = k8s_openapi::jiff::Timestamp::now();
-        statuses.retain(|node| self.core.node_uid(node).is_some());
+        let mut gone = BTreeMap::new();
+        for one in self.core.revocations() {
+            // The newest incarnation comes first.
+            if self.core.node_uid(&one.node).is_none() {
+                gone.entry(one.node.clone()).or_insert(one);
+            }
+        }
+        statuses.retain(|node| self.core.node_uid(node).is_some() || gone.contains_key(node));
+        for (node, one) in gone {
+            let revocation = keys::revocation_status(&self.core, one);
+            if let Some(status) = statuses.gone(&node, revocation, now) {
+                // A publisher that is gone ends this task at its next output.
+                let _ = self.orders.send(Order::Status(node, status));
+            }
+        }
         for record in self.core.records() {
             let Record::Node(node) = record else { continue };
             let agent = self.agents.get(&node.name);

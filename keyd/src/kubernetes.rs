@@ -24,7 +24,9 @@ use crate::{
     auth::Authenticator,
     leader::{Candidate, INTERVAL, RENEW_DEADLINE, Standing},
     metrics::Metrics,
+    notes::Notes,
     publisher,
+    rotations::Maker,
     run::{Shared, TermTasks, begin_term},
     service::Role,
     source::{
@@ -78,7 +80,9 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
         feed,
         role: role_set,
         ready: ready_set,
+        notes: Notes::to_api(client.clone(), &keyd_id),
     };
+    let maker = Maker::Kubernetes(client.clone());
     let mut candidate = Candidate::new(
         client.clone(),
         &args.namespace,
@@ -99,7 +103,7 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
         terms.lead(&mut candidate).await;
     };
     let served = tokio::select! {
-        served = shared.serve(role, ready, authenticator, None, advertise) => served,
+        served = shared.serve(role, ready, authenticator, None, advertise, maker) => served,
         () = lead => Err(anyhow!("the leadership loop ended")),
     };
     if let Err(error) = candidate.release().await {
@@ -124,6 +128,7 @@ struct Terms {
     feed: mpsc::Sender<Feed>,
     role: watch::Sender<Role>,
     ready: watch::Sender<bool>,
+    notes: Notes,
 }
 
 impl Terms {
@@ -133,6 +138,13 @@ impl Terms {
         let mut renewed = Instant::now();
         loop {
             let before = Instant::now();
+            if term.as_ref().is_some_and(|term| term.hub.is_closed()) {
+                // The epoch is another's; if the Lease is ours all the same, the next term begins with what is stored.
+                term = None;
+                self.metrics.term(None);
+                self.role.send_replace(Role::Follower { leader: vec![] });
+                self.ready.send_replace(false);
+            }
             match candidate.look().await {
                 Ok(Standing::Ours) => {
                     renewed = before;
@@ -192,7 +204,7 @@ impl Terms {
             expiry_ms: self.config.snapshot_expiry_seconds.saturating_mul(1000),
         };
         let settings = Settings::new(self.config.clone(), Mode::Kubernetes, epoch);
-        let tasks = begin_term(settings, loaded, term, &self.metrics);
+        let tasks = begin_term(settings, loaded, term, &self.metrics, self.notes.clone());
         self.feed
             .send(Feed::Attach(tasks.hub.clone()))
             .await

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::jiff::Timestamp;
-use warren_crds::{Condition, MeshNodeStatus};
+use warren_crds::{Condition, MeshNodeStatus, RevocationStatus};
 use warren_model::NodeName;
 
 /// What is known of a node at a moment.
@@ -39,8 +39,33 @@ impl Statuses {
                 condition(old, "Connected", seen.connected, connected, String::new(), now),
                 condition(old, "Ready", ready, reason, message, now),
             ],
+            revocation: None,
         };
-        if old == Some(&status) {
+        self.differs(node, status)
+    }
+
+    /// The same for a node that is gone: who has removed its keys.
+    pub(crate) fn gone(
+        &mut self,
+        node: &NodeName,
+        revocation: RevocationStatus,
+        now: Timestamp,
+    ) -> Option<MeshNodeStatus> {
+        let old = self.written.get(node);
+        let message = "the node was deleted, or its keys were revoked".to_owned();
+        let status = MeshNodeStatus {
+            conditions: vec![
+                condition(old, "Connected", false, "Revoked", String::new(), now),
+                condition(old, "Ready", false, "Revoked", message, now),
+            ],
+            revocation: Some(revocation),
+            ..MeshNodeStatus::default()
+        };
+        self.differs(node, status)
+    }
+
+    fn differs(&mut self, node: &NodeName, status: MeshNodeStatus) -> Option<MeshNodeStatus> {
+        if self.written.get(node) == Some(&status) {
             return None;
         }
         self.written.insert(node.clone(), status.clone());

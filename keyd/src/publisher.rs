@@ -18,7 +18,7 @@ use tokio::{
 use warren_crds::MeshNodeStatus;
 use warren_keyd_api::{
     proto::{
-        DirectoryChunk, EndpointResult, Entry, EntryKind, Goodbye, KeyResult, KeydMessage, Manifest,
+        AskKey, DirectoryChunk, EndpointResult, Entry, EntryKind, Goodbye, KeyResult, KeydMessage, Manifest,
         SignedManifest, Update, Welcome, keyd_message::Body,
     },
     snapshot::{EntrySet, chunks},
@@ -70,6 +70,8 @@ pub(crate) enum Order {
     Tell(SessionId, KeydMessage),
     /// Published entries of some kinds (none = all), in chunks.
     Directory(Vec<EntryKind>, oneshot::Sender<Vec<DirectoryChunk>>),
+    /// Answered once everything before it is done: whether this object is written.
+    Flush(ObjectName, oneshot::Sender<bool>),
     /// What was last seen of a node. May get lost.
     Status(NodeName, MeshNodeStatus),
 }
@@ -143,6 +145,11 @@ impl Publisher {
                     self.waiting.remove(&session);
                 }
                 Order::Tell(session, message) => self.queue(session, Item::Message(message)),
+                Order::Flush(name, reply) => {
+                    self.write(std::mem::take(&mut writes)).await;
+                    // The asker may be gone; that is its business.
+                    let _ = reply.send(!self.failed.contains_key(&name));
+                }
                 // The asker may be gone; that is its business.
                 Order::Directory(kinds, reply) => drop(reply.send(self.directory(&kinds))),
                 Order::Status(node, status) => {
@@ -222,7 +229,14 @@ impl Publisher {
             // Written before; listed so that a new output is not forgotten.
             Output::Persist(_) => {}
             // The hub's business.
-            Output::Validity { .. } => {}
+            Output::Validity { .. }
+            | Output::WriteKeys { .. }
+            | Output::Rotation(_)
+            | Output::Note { .. } => {}
+            Output::AskKey { session, generation } => {
+                let body = Some(Body::AskKey(AskKey { generation }));
+                self.queue(session, Item::Message(KeydMessage { body }));
+            }
             Output::Publish { version, change } => self.publish(version, &change),
             Output::CatchUp {
                 session,

@@ -20,11 +20,15 @@ use crate::{
     auth::Authenticator,
     clock,
     hub::{self, Hub},
+    key_writer,
+    keys_service::KeysService,
     lag::Lag,
     listener,
     metrics::{self, Metrics},
+    notes::Notes,
     policy_status,
     publisher::{self, Publisher},
+    rotations::{self, Maker},
     service::{Role, Service},
     source::{
         feed::{self, Feed},
@@ -86,6 +90,7 @@ impl Shared {
         authenticator: Authenticator,
         tokens: Option<Arc<Mutex<Tokens>>>,
         advertise: String,
+        maker: Maker,
     ) -> anyhow::Result<()> {
         let service = Service {
             trust: self.trust.clone(),
@@ -105,9 +110,13 @@ impl Shared {
             encryption: self.config.encryption,
             advertise,
         };
+        let keys = KeysService {
+            service: service.clone(),
+            maker,
+        };
         let http = metrics::serve(self.args.metrics, self.metrics.clone(), ready).await?;
         let (bound, agents) = listener::bind(self.listen(), service).await?;
-        let socket = admin::serve(&self.args.admin_socket, admin)?;
+        let socket = admin::serve(&self.args.admin_socket, admin, keys)?;
         tracing::info!(%bound, id = %self.keyd_id, "keyd serves agents");
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
@@ -124,7 +133,7 @@ impl Shared {
 /// The tasks of one leadership term; dropped, they end, and with them every stream.
 pub(crate) struct TermTasks {
     pub(crate) hub: mpsc::Sender<hub::Command>,
-    tasks: [tokio::task::JoinHandle<()>; 3],
+    tasks: [tokio::task::JoinHandle<()>; 5],
 }
 
 impl Drop for TermTasks {
@@ -141,6 +150,7 @@ pub(crate) fn begin_term(
     loaded: Loaded,
     term: publisher::Term,
     metrics: &Metrics,
+    notes: Notes,
 ) -> TermTasks {
     metrics.term(Some(term.epoch));
     for problem in &loaded.problems {
@@ -153,13 +163,23 @@ pub(crate) fn begin_term(
     let (conditions, wanted) = mpsc::unbounded_channel();
     let lag = Arc::new(Lag::default());
     let conditions_of = policy_status::write(term.store.clone(), wanted);
+    let (keys, changed) = mpsc::unbounded_channel();
+    let keys_of = key_writer::write(term.store.clone(), term.epoch, hub.downgrade(), changed);
+    let (rotations, said) = mpsc::unbounded_channel();
+    let statuses = rotations::Statuses::new(&loaded.rotations);
+    let rotations_of = rotations::write(term.store.clone(), loaded.rotations, hub.downgrade(), said);
     let publisher = Publisher::new(term, &hub, lag.clone());
     let index = Hub::new(
         core,
         orders,
         metrics.clone(),
-        loaded.problems,
-        conditions,
+        (loaded.problems, statuses),
+        hub::Shell {
+            conditions,
+            keys,
+            rotations,
+            notes,
+        },
         lag,
         hub_terms,
     );
@@ -169,6 +189,8 @@ pub(crate) fn begin_term(
             tokio::spawn(index.run(commands)),
             tokio::spawn(publisher.run(ordered)),
             tokio::spawn(conditions_of),
+            tokio::spawn(keys_of),
+            tokio::spawn(rotations_of),
         ],
     }
 }
@@ -181,6 +203,7 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         args.manifests
             .clone()
             .context("--source manifests needs --manifests DIR")?,
+        state.join("rotations"),
         &config.cluster_name,
     )?;
     let trust = Arc::new(Trust::in_folder(&state)?);
@@ -203,6 +226,7 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         loaded,
         term,
         &metrics,
+        Notes::default(),
     );
 
     let (feed, fed) = mpsc::channel(1024);
@@ -230,7 +254,13 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| shared.listen().to_string());
     let tokens = Some(Arc::new(Mutex::new(tokens)));
-    shared
-        .serve(role, ready, Authenticator::Certificates, tokens, advertise)
-        .await
+    let maker = Maker::Folder(state.join("rotations"));
+    let over = tasks.hub.closed();
+    tokio::select! {
+        served = shared.serve(role, ready, Authenticator::Certificates, tokens, advertise, maker) => served,
+        () = over => Err(anyhow!(
+            "another keyd has taken over the state folder {}: this one ends",
+            state.display()
+        )),
+    }
 }

@@ -9,7 +9,10 @@ use tokio::{
 use tonic::{Status, Streaming};
 use warren_keyd_api::{
     PROTOCOL,
-    convert::{address_from_bytes, datapath_from_proto, slot_from_offer},
+    convert::{
+        ConvertError, address_from_bytes, datapath_from_proto, held_from_proto, report_from_proto,
+        slots_from_offer,
+    },
     proof::Challenge,
     proto::{
         AgentMessage, Answer, EndpointAdd, EndpointDelete, EndpointResult, Goodbye, Hello, KeyOffer,
@@ -18,7 +21,7 @@ use warren_keyd_api::{
     tls::CertifiedNode,
 };
 use warren_keyd_core::{AgentEvent, SessionId};
-use warren_model::{NodeName, PodRef};
+use warren_model::{NodeName, PodRef, SlotKey};
 
 use crate::{
     auth::{Caller, Unauthenticated},
@@ -234,7 +237,7 @@ struct Reader<'a> {
     caller: Caller,
     hub: mpsc::Sender<Command>,
     queue: mpsc::WeakSender<Item>,
-    challenges: HashMap<Vec<u8>, Challenge>,
+    challenges: HashMap<Vec<u8>, (Challenge, [SlotKey; 2])>,
 }
 
 impl Reader<'_> {
@@ -305,12 +308,28 @@ impl Reader<'_> {
                 ))
                 .await
             }
-            // Not used before the machine of rotations is.
-            Said::Held(_) | Said::Paths(_) => None,
+            Said::Held(held) => {
+                self.say(held_from_proto(&held).map(|keys| AgentEvent::Held { session, keys }))
+                    .await
+            }
+            Said::Paths(report) => {
+                self.say(report_from_proto(&report).map(|pairs| AgentEvent::Paths { session, pairs }))
+                    .await
+            }
             Said::Answer(answer) => {
                 self.tell(Command::Answer(session, answer.id, response(answer)))
                     .await
             }
+        }
+    }
+
+    async fn say(&self, event: Result<AgentEvent, ConvertError>) -> Option<End> {
+        match event {
+            Ok(event) => self.tell(Command::Agent(event)).await,
+            Err(error) => Some(End::Goodbye(Goodbye {
+                reason: error.to_string(),
+                retry: false,
+            })),
         }
     }
 
@@ -356,10 +375,11 @@ impl Reader<'_> {
     }
 
     async fn offer(&mut self, offer: &KeyOffer) -> Option<End> {
-        let slot = match slot_from_offer(offer) {
-            Ok(slot) => slot,
+        let slots = match slots_from_offer(offer) {
+            Ok(slots) => slots,
             Err(error) => return self.refuse_key(offer.public_key.clone(), error.to_string()).await,
         };
+        let [slot, _] = slots.clone();
         let key = slot.public_key.as_bytes().to_vec();
         if self.challenges.len() >= OPEN_CHALLENGES && !self.challenges.contains_key(&key) {
             return self
@@ -369,7 +389,7 @@ impl Reader<'_> {
         match Challenge::new(self.caller.uid.clone(), slot) {
             Ok(challenge) => {
                 let question = challenge.message();
-                self.challenges.insert(key, challenge);
+                self.challenges.insert(key, (challenge, slots));
                 self.answer(Body::KeyChallenge(question))
             }
             Err(error) => self.refuse_key(key, error.to_string()).await,
@@ -379,13 +399,14 @@ impl Reader<'_> {
     async fn proof(&mut self, proof: &KeyProof) -> Option<End> {
         // Used up by one answer, right or wrong.
         let verified = match self.challenges.remove(&proof.public_key) {
-            Some(challenge) => challenge.verify(proof),
+            // What was proved is the first slot; the second one is the same key.
+            Some((challenge, slots)) => challenge.verify(proof).map(|_| slots),
             None => Err(warren_keyd_api::proof::ProofError::Replay),
         };
         match verified {
-            Ok(slot) => {
+            Ok(slots) => {
                 let session = self.session;
-                self.tell(Command::Agent(AgentEvent::KeyProved { session, slot }))
+                self.tell(Command::Agent(AgentEvent::KeyProved { session, slots }))
                     .await
             }
             Err(error) => self.refuse_key(proof.public_key.clone(), error.to_string()).await,

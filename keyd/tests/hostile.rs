@@ -16,10 +16,16 @@ use warren_keyd_api::{
     tls::{self, Trust},
     token::JoinToken,
 };
-use warren_model::IdentityId;
+use warren_model::{IdentityId, PrivateKey};
 
 /// Two nodes, an honest agent on the first; the hostile one is node2.
 async fn lab() -> (Keyd, Agent) {
+    let (keyd, honest, _) = lab_with_key().await;
+    (keyd, honest)
+}
+
+/// The same, with the honest agent's key.
+async fn lab_with_key() -> (Keyd, Agent, PrivateKey) {
     let keyd = Keyd::start(
         &[
             node(1),
@@ -45,7 +51,7 @@ async fn lab() -> (Keyd, Agent) {
                     .any(|r| matches!(r, Record::Node(n) if !n.slots.is_empty()))
         })
         .await;
-    (keyd, honest)
+    (keyd, honest, key)
 }
 
 fn records(agent: &Agent) -> Vec<Record> {
@@ -171,17 +177,7 @@ async fn keys_that_it_does_not_hold_are_refused() {
 
 #[tokio::test]
 async fn another_nodes_proved_key_is_refused_even_with_a_proof() {
-    let (keyd, mut honest) = lab().await;
-    let key = proof::generate_private_key().unwrap();
-    assert!(honest.prove(&key).await.accepted);
-    let public = proof::public_key(&key);
-    honest
-        .until_directory(|d| {
-            d.records()
-                .flatten()
-                .any(|r| matches!(r, Record::Node(n) if n.slots.iter().any(|s| s.public_key == public)))
-        })
-        .await;
+    let (keyd, mut honest, key) = lab_with_key().await;
     let mut hostile = keyd.agent("node2").await;
     honest
         .until_directory(|d| d.position() >= hostile.directory.position())

@@ -105,7 +105,7 @@ async fn a_resuming_agent_gets_only_what_it_lacks() {
     };
     assert!(!update.snapshot && update.upserts.len() == 1, "{update:?}");
     let mut agent = Agent::open_on(channel, resumed, copy).await.unwrap();
-    assert_eq!(node_of(&agent, "node2").slots.len(), 1);
+    assert_eq!(node_of(&agent, "node2").slots.len(), 2);
     assert!(
         agent
             .prove(&proof::generate_private_key().unwrap())

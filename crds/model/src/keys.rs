@@ -14,6 +14,10 @@ use crate::{
 /// Slots of a node: two for each of two generations.
 pub const KEY_SLOTS: u8 = 4;
 
+/// No generation is higher: JSON numbers are exact up to here, and whoever starts near the end of the range must not make
+/// anybody count beyond it. A new key every second would last 285 million years.
+pub const MAX_GENERATION: u64 = (1 << 53) - 1;
+
 /// The half of the slots that a generation (from 1) has: 0 or 1.
 pub fn half(generation: u64) -> u8 {
     u8::from(generation.is_multiple_of(2))
@@ -121,6 +125,11 @@ impl NodeKeys {
             return Err("a key is offered with its two slots".to_owned());
         };
         let generation = first.generation;
+        if generation > MAX_GENERATION {
+            return Err(format!(
+                "key generation {generation} is beyond {MAX_GENERATION}, the last one"
+            ));
+        }
         if (first.generation, first.public_key) != (second.generation, second.public_key)
             || [first.slot, second.slot] != slots_of(generation)
         {

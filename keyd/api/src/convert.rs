@@ -314,11 +314,6 @@ pub fn slot_from_proto(slot: &proto::Slot) -> Result<SlotKey, ConvertError> {
     slot_from_parts(slot.slot, slot.port, slot.generation, &slot.public_key)
 }
 
-/// Parses the first slot of an offer alone.
-pub fn slot_from_offer(offer: &proto::KeyOffer) -> Result<SlotKey, ConvertError> {
-    slot_from_parts(offer.slot, offer.port, offer.generation, &offer.public_key)
-}
-
 /// The offer of a key. `port_of`: the UDP port of a slot; those of neighbours follow each other.
 pub fn key_to_offer(
     generation: u64,

@@ -63,6 +63,8 @@ pub struct NodeStatus {
     pub prefixes: Vec<String>,
     /// The keys that the directory publishes for it.
     pub slots: Vec<Slot>,
+    /// The key generation that is sent with; 0 before the first key.
+    pub active: u64,
     /// `kernel`, `userspace`, or empty where it is not known yet.
     pub datapath: String,
     /// Its agent has a stream to `keyd` now.
@@ -179,6 +181,7 @@ impl From<proto::NodeStatus> for NodeStatus {
             addresses: node.addresses.iter().map(|bytes| address(bytes)).collect(),
             prefixes: node.prefixes.iter().map(prefix).collect(),
             slots: node.slots.into_iter().map(Slot::from).collect(),
+            active: node.active,
             datapath: datapath(node.datapath),
             connected: status.connected,
             last_seen_unix_ms: status.last_seen_unix_ms,

@@ -3,27 +3,34 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use warren_model::{
-    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource, policy::PolicyRef,
+    ClusterConfig, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PrefixSource, PublicKey,
+    policy::PolicyRef,
 };
 
 use crate::{
     endpoints::Endpoints,
-    event::{Event, Mode, Output, Record, RecordKey, SessionId, SourceEvent},
+    event::{Event, Mode, Output, Record, RecordKey, RotationObject, SessionId, SourceEvent},
     facts::Facts,
     identities::{Identities, Limits},
     nodes::Nodes,
     policy::{self, PolicyChange, PolicyRepository},
     publish::Published,
+    rotation::{Machine, Progress},
     sessions::{Sessions, Waiting},
     stored::{Object, Recovered, StoredEndpoint, StoredNode},
 };
 
 mod agents;
+mod keys;
 mod persist;
 mod policies;
 mod replies;
+mod revocations;
 #[cfg(test)]
 pub(crate) mod tests;
+
+pub use self::revocations::Revocation;
+use self::revocations::Revocations;
 
 /// Refusals are shown as problems for this long, milliseconds.
 const SHOW_REFUSALS_MS: u64 = 600_000;
@@ -71,6 +78,8 @@ pub struct Counters {
     pub refused_streams: u64,
     /// Pods that got no identity of their own.
     pub refused_identities: u64,
+    /// MeshNodes that somebody else had set back.
+    pub set_back: u64,
 }
 
 /// An ADD that was accepted in this round.
@@ -107,6 +116,15 @@ pub struct Core {
     persisted_endpoints: BTreeMap<PodRef, StoredEndpoint>,
     refusals: BTreeMap<(NodeName, &'static str), (u64, String)>,
     counters: Counters,
+    machine: Machine,
+    rotations: BTreeMap<String, RotationObject>,
+    /// (UID, progress) of rotations that have not been seen yet in this term.
+    recovered_rotations: BTreeMap<String, (String, Progress)>,
+    /// Keys that are being written, with who waits for it.
+    proving: BTreeMap<NodeName, (SessionId, PublicKey)>,
+    revocations: Revocations,
+    set_back: u64,
+    unix_seconds: u64,
 }
 
 impl Core {
@@ -118,6 +136,11 @@ impl Core {
         };
         let identities = Identities::new(recovered.identities.clone(), limits, now);
         let kept = |number: &IdentityId, labels: &Labels| identities.labels(*number) == Some(labels);
+        let revocations = recovered_revocations(&recovered.nodes);
+        let recovered_rotations = recovered
+            .rotations
+            .into_iter()
+            .map(|stored| (stored.name, (stored.uid, stored.progress)));
         let (good, bad): (Vec<_>, Vec<_>) = recovered
             .identities
             .into_iter()
@@ -159,6 +182,13 @@ impl Core {
             last_publish: now,
             refusals: BTreeMap::new(),
             counters: Counters::default(),
+            machine: Machine::default(),
+            rotations: BTreeMap::new(),
+            recovered_rotations: recovered_rotations.collect(),
+            proving: BTreeMap::new(),
+            revocations,
+            set_back: 0,
+            unix_seconds: 0,
             settings,
         }
     }
@@ -167,22 +197,32 @@ impl Core {
         match event {
             Event::Source(event) => self.source(now, event),
             Event::Agent(event) => self.agent(now, event),
+            Event::Stored(stored) => self.stored(now, *stored),
+            Event::Progress {
+                rotation,
+                uid,
+                progress,
+            } => self.rotation_progress(now, rotation, &uid, progress),
         }
     }
     fn source(&mut self, now: u64, event: SourceEvent) {
         match event {
             SourceEvent::NodeUpsert(node) => {
                 let name = node.name.clone();
+                let before = self.nodes.uid(&name).cloned();
                 self.facts.upsert(&node);
                 if self.nodes.upsert(node) {
                     self.node_gone(&name, "was registered anew", now);
                 }
+                self.tell_machine(now, &name, before.as_ref());
             }
             SourceEvent::NodeDelete(name) => {
+                let before = self.nodes.uid(&name).cloned();
                 self.facts.delete(&name);
                 if self.nodes.delete(&name) {
                     self.node_gone(&name, "was deleted", now);
                 }
+                self.tell_machine(now, &name, before.as_ref());
             }
             SourceEvent::NamespaceUpsert(namespace) => self.endpoints.upsert_namespace(namespace),
             SourceEvent::NamespaceDelete(name) => self.endpoints.delete_namespace(&name),
@@ -209,9 +249,12 @@ impl Core {
                 self.take_policy(changes);
             }
             SourceEvent::ApiServers(addresses) => self.facts.set_apiservers(addresses),
+            SourceEvent::RotationUpsert(object) => self.rotation_upsert(now, object),
+            SourceEvent::RotationDelete(name) => self.rotation_delete(now, &name),
             SourceEvent::Synced => {
                 if !std::mem::replace(&mut self.synced, true) {
                     self.nodes.synced();
+                    self.forget_rotations();
                     let nodes = &self.nodes;
                     self.endpoints
                         .synced(|name| nodes.uid(name).is_some(), &mut self.identities, now);
@@ -224,7 +267,7 @@ impl Core {
         self.sessions.forget_node(name);
         self.refusals.retain(|(node, _), _| node != name);
         if let Some(session) = self.sessions.of_node(name) {
-            self.close(session, format!("node {name} {what}"), false);
+            self.close(now, session, format!("node {name} {what}"), false);
         }
     }
     /// Brings everything up to date and returns what must be done, in order. Call after one or more events, and
@@ -233,6 +276,8 @@ impl Core {
         if !self.synced {
             return std::mem::take(&mut self.out);
         }
+        let turned = self.turn(now);
+        self.note_buried();
         if self.nodes.settle() {
             self.endpoints.nodes_changed();
         }
@@ -257,9 +302,11 @@ impl Core {
                 change,
             });
         }
+        self.revocations.published(self.published.version());
         self.tell_validity();
         self.greet();
         self.out.extend(early);
+        self.out.extend(turned);
         self.answer_added(now);
         self.answer_waiting(now);
         self.refusals
@@ -326,6 +373,7 @@ impl Core {
     pub fn counters(&self) -> Counters {
         Counters {
             refused_identities: self.endpoints.refused_identities,
+            set_back: self.set_back,
             ..self.counters
         }
     }
@@ -338,4 +386,20 @@ impl Core {
             .filter(|key| matches!(key, RecordKey::Workload(_)));
         (self.identities.len(), workloads.count())
     }
+}
+
+/// Tombstones that were stored: nothing that this term publishes has their keys.
+fn recovered_revocations(nodes: &[StoredNode]) -> Revocations {
+    let mut out = Revocations::default();
+    for node in nodes.iter().filter(|node| node.record.is_none()) {
+        if let Some(last) = node.revoked.last() {
+            out.add(Revocation {
+                node: node.name.clone(),
+                uid: last.uid.clone(),
+                keys: last.keys.clone(),
+                version: 1,
+            });
+        }
+    }
+    out
 }

@@ -7,11 +7,16 @@ use std::{
 
 use ipnet::IpNet;
 use warren_model::{
-    Datapath, IdentityId, Labels, NodeName, NodeRecord, NodeUid, PodRef, PublicKey, SlotKey, WorkloadRecord,
+    Datapath, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, NodeUid, PodRef, PublicKey, SlotKey,
+    WorkloadRecord,
+    keys::PairReport,
     policy::{NamedPorts, NodeFacts, PolicyError, PolicyRef, Rule, Selector, SelectorId, Validity},
 };
 
-use crate::stored::Object;
+use crate::{
+    rotation::{Progress, RotationSpec},
+    stored::{Object, StoredNode},
+};
 
 /// Where objects come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,6 +85,25 @@ pub struct Pod {
     pub policy_audit: bool,
 }
 
+/// A KeyRotation of the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RotationObject {
+    /// `metadata.name`.
+    pub name: String,
+    /// `metadata.uid`, or the name where there is none.
+    pub uid: String,
+    /// `metadata.generation`; 0 where there is none.
+    pub generation: i64,
+    /// Creation time, Unix milliseconds: orders rotations.
+    pub created: u64,
+    /// For people: why.
+    pub reason: String,
+    /// For people: when it runs again.
+    pub every: String,
+    /// What is asked for.
+    pub spec: RotationSpec,
+}
+
 /// A change in the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceEvent {
@@ -120,6 +144,10 @@ pub enum SourceEvent {
     CidrGroupDelete(String),
     /// All addresses behind the Service default/kubernetes; not used in stand-alone mode.
     ApiServers(BTreeSet<IpAddr>),
+    /// A KeyRotation appeared or changed.
+    RotationUpsert(RotationObject),
+    /// A KeyRotation is gone.
+    RotationDelete(String),
     /// Everything that exists, policies included, has been reported once. Nothing is published, and no recovered object is taken for
     /// deleted, before that.
     Synced,
@@ -151,8 +179,22 @@ pub enum AgentEvent {
     KeyProved {
         /// Whose stream.
         session: SessionId,
-        /// The key and its slot.
-        slot: SlotKey,
+        /// The key in both its slots.
+        slots: [SlotKey; 2],
+    },
+    /// The private keys that the agent has.
+    Held {
+        /// Whose stream.
+        session: SessionId,
+        /// Their public halves by generation.
+        keys: BTreeMap<u64, PublicKey>,
+    },
+    /// What the paths to peers are like.
+    Paths {
+        /// Whose stream.
+        session: SessionId,
+        /// The pairs that are new or have changed.
+        pairs: Vec<PairReport>,
     },
     /// CNI ADD.
     EndpointAdd {
@@ -192,6 +234,17 @@ pub enum Event {
     Source(SourceEvent),
     /// From an agent.
     Agent(AgentEvent),
+    /// What the store has of a node after [`Output::WriteKeys`], whether that was written or not.
+    Stored(Box<StoredNode>),
+    /// Somebody else has written the progress of a rotation; that counts.
+    Progress {
+        /// Its name.
+        rotation: String,
+        /// Its UID.
+        uid: String,
+        /// What is stored.
+        progress: Progress,
+    },
 }
 
 /// An entry of the directory.
@@ -279,6 +332,33 @@ pub struct EndpointError {
 pub enum Output {
     /// Write this object.
     Persist(Object),
+    /// Write a node with changed keys by compare-and-swap, then read the epoch again: where it is not this term's, the term
+    /// is over. Answered with [`Event::Stored`] either way; nothing of it is published before. Nothing that follows
+    /// waits for it.
+    WriteKeys {
+        /// The keys that must be there for the write to be made.
+        was: NodeKeys,
+        /// What to write.
+        node: Box<StoredNode>,
+    },
+    /// Ask an agent for a key.
+    AskKey {
+        /// Which stream.
+        session: SessionId,
+        /// The generation.
+        generation: u64,
+    },
+    /// What there is to say of a rotation has changed.
+    Rotation(String),
+    /// Worth an Event on the Node. Not durable.
+    Note {
+        /// The node.
+        node: NodeName,
+        /// In camel case.
+        reason: &'static str,
+        /// A sentence.
+        message: String,
+    },
     /// Send to every agent that has been caught up.
     Publish {
         /// The new version.

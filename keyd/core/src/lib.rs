@@ -22,14 +22,14 @@ mod sessions;
 mod stored;
 
 pub use crate::{
-    core::{Core, Counters, Settings},
+    core::{Core, Counters, Revocation, Settings},
     event::{
         AgentEvent, CatchUp, Change, EndpointError, Event, Mode, Namespace, Node, Output, Pod, Record,
-        RecordKey, SessionId, SourceEvent,
+        RecordKey, RotationObject, SessionId, SourceEvent,
     },
     labels::workload_labels,
     policy::MEMBERS_BLOCK,
-    stored::{Object, Recovered, Revoked, StoredEndpoint, StoredNode},
+    stored::{Object, Recovered, Revoked, StoredEndpoint, StoredNode, StoredRotation},
 };
 
 /// The epoch of a new leadership term: the stored one plus one, at least the Unix time in milliseconds, so that a

@@ -3,10 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use warren_model::{
-    ClusterConfig, Datapath, NodeName, NodeRecord, NodeUid, PrefixSource, PublicKey, SlotKey,
+    ClusterConfig, Datapath, NodeKeys, NodeName, NodeRecord, NodeUid, PrefixSource, PublicKey,
     directory::Refusal,
 };
 
+mod keys;
+
+use self::keys::public_keys;
 use crate::{
     claims::Claims,
     event::Node,
@@ -16,8 +19,8 @@ use crate::{
 
 /// How many replaced keys of a living node are remembered. The keys of dead nodes are all kept.
 const REPLACED_KEYS: usize = 256;
-/// A node may replace its keys this often per [`KEY_WINDOW_MS`]: no honest one comes near.
-const KEYS_PER_WINDOW: usize = 60;
+/// A node may have new keys this often per [`KEY_WINDOW_MS`]: no honest one comes near.
+const KEYS_PER_WINDOW: usize = 600;
 const KEY_WINDOW_MS: u64 = 3_600_000;
 
 /// A node that exists.
@@ -26,7 +29,9 @@ struct Present {
     uid: NodeUid,
     order: u64,
     source: Node,
-    slots: BTreeMap<u8, SlotKey>,
+    /// As they are stored; changed by [`Nodes::found`] alone.
+    keys: NodeKeys,
+    since: BTreeMap<u64, u64>,
     datapath: Option<Datapath>,
     revoked: Vec<Revoked>,
     key_changes: Vec<u64>,
@@ -37,7 +42,16 @@ struct Present {
 struct Past {
     order: u64,
     record: Option<NodeRecord>,
+    since: BTreeMap<u64, u64>,
     revoked: Vec<Revoked>,
+}
+
+/// An incarnation that came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Buried {
+    pub(crate) node: NodeName,
+    pub(crate) uid: NodeUid,
+    pub(crate) keys: Vec<PublicKey>,
 }
 
 /// All nodes.
@@ -55,6 +69,7 @@ pub(crate) struct Nodes {
     dirty: bool,
     /// Nodes whose durable part or record may have changed.
     changed: BTreeSet<NodeName>,
+    buried: Vec<Buried>,
 }
 
 impl Nodes {
@@ -71,29 +86,32 @@ impl Nodes {
             next_order: 1,
             dirty: true,
             changed: BTreeSet::new(),
+            buried: vec![],
         };
         let mut stored = stored;
         stored.sort_by_key(|node| node.order);
         for node in &stored {
             for revoked in &node.revoked {
                 for key in &revoked.keys {
-                    out.keys.revoke(*key, &node.name);
+                    out.keys.revoke(*key, &node.name, &revoked.uid);
                 }
             }
         }
         for StoredNode {
             name,
             order,
-            mut record,
+            record,
+            since,
             revoked,
         } in stored
         {
             out.next_order = out.next_order.max(order + 1);
-            if let Some(record) = &mut record {
-                // The store is ours and signed; still, one bad entry must not break the rule for all.
-                record
-                    .slots
-                    .retain(|slot| out.keys.claim(slot.public_key, &name).is_ok());
+            if let Some(record) = &record {
+                // The store is ours and signed; still, one bad entry must not break the rule for all: a key that is not
+                // this node's is not published.
+                for slot in &record.slots {
+                    let _ = out.keys.claim(slot.public_key, &name);
+                }
                 out.claims.seed(record);
             }
             out.past.insert(
@@ -101,6 +119,7 @@ impl Nodes {
                 Past {
                     order,
                     record,
+                    since,
                     revoked,
                 },
             );
@@ -128,7 +147,7 @@ impl Nodes {
             self.refused_nodes.insert(
                 name.clone(),
                 format!(
-                    "node {name}: UID {uid} belonged to a Node that was deleted; register it with a new UID"
+                    "node {name}: UID {uid} belonged to a Node that was deleted or revoked; register it with a new UID"
                 ),
             );
             self.past.extend(past.map(|past| (name, past)));
@@ -142,10 +161,11 @@ impl Nodes {
 
     fn incarnate(&mut self, uid: NodeUid, source: Node, past: Option<Past>) -> Present {
         let mut present = Present {
+            keys: NodeKeys::none(uid.clone()),
             uid,
             order: self.next_order,
             source,
-            slots: BTreeMap::new(),
+            since: BTreeMap::new(),
             datapath: None,
             revoked: vec![],
             key_changes: vec![],
@@ -155,7 +175,8 @@ impl Nodes {
             if let Some(record) = past.record {
                 present.order = past.order;
                 present.datapath = record.datapath;
-                present.slots = record.slots.into_iter().map(|slot| (slot.slot, slot)).collect();
+                present.since = past.since;
+                present.keys = record.keys();
             }
         }
         if present.order == self.next_order {
@@ -187,23 +208,48 @@ impl Nodes {
         self.bury(name, &"".into())
     }
 
+    /// Ends an incarnation although its Node exists: its keys never come back, its agent is nobody. A Node that has a UID of
+    /// its own comes back with another one only; one whose UID is derived is another node from now on.
+    pub(crate) fn revoke(&mut self, name: &NodeName) -> bool {
+        let Some(source) = self.present.get(name).map(|present| present.source.clone()) else {
+            return false;
+        };
+        self.bury(name, &"".into());
+        self.upsert(source);
+        true
+    }
+
+    /// Incarnations that came to their end since the last call.
+    pub(crate) fn take_buried(&mut self) -> Vec<Buried> {
+        std::mem::take(&mut self.buried)
+    }
+
     /// Turns every incarnation of a name but `except` into a tombstone.
     fn bury(&mut self, name: &NodeName, except: &NodeUid) -> bool {
         let was_present = self.present.contains_key(name);
         let (order, uid, keys, mut revoked) = if let Some(present) = self.present.remove(name) {
-            let keys: Vec<_> = present.slots.values().map(|slot| slot.public_key).collect();
-            (present.order, present.uid, keys, present.revoked)
+            (
+                present.order,
+                present.uid,
+                public_keys(&present.keys),
+                present.revoked,
+            )
         } else if let Some(past) = self.past.get(name)
             && let Some(record) = past.record.as_ref().filter(|record| record.uid != *except)
         {
-            let keys = record.slots.iter().map(|slot| slot.public_key).collect();
+            let keys = public_keys(&record.keys());
             (past.order, record.uid.clone(), keys, past.revoked.clone())
         } else {
             return false;
         };
         for key in &keys {
-            self.keys.revoke(*key, name);
+            self.keys.revoke(*key, name, &uid);
         }
+        self.buried.push(Buried {
+            node: name.clone(),
+            uid: uid.clone(),
+            keys: keys.clone(),
+        });
         match revoked.iter_mut().find(|revoked| revoked.uid == uid) {
             Some(entry) => entry.keys.extend(keys),
             None => revoked.push(Revoked { uid, keys }),
@@ -213,6 +259,7 @@ impl Nodes {
             Past {
                 order,
                 record: None,
+                since: BTreeMap::new(),
                 revoked,
             },
         );
@@ -238,6 +285,11 @@ impl Nodes {
         self.present.get(name).map(|present| &present.uid)
     }
 
+    /// Looks at the durable part of a node again.
+    pub(crate) fn touch(&mut self, name: &NodeName) {
+        self.changed.insert(name.clone());
+    }
+
     pub(crate) fn set_datapath(&mut self, name: &NodeName, datapath: Option<Datapath>) {
         let Some(present) = self.present.get_mut(name) else {
             return;
@@ -247,34 +299,6 @@ impl Nodes {
             self.dirty = true;
             self.changed.insert(name.clone());
         }
-    }
-
-    /// Takes a proved key into its slot.
-    pub(crate) fn put_key(&mut self, name: &NodeName, slot: SlotKey, now: u64) -> Result<(), String> {
-        let Some(present) = self.present.get_mut(name) else {
-            return Err(format!("node {name} does not exist any more"));
-        };
-        if present.slots.get(&slot.slot) == Some(&slot) {
-            return Ok(());
-        }
-        present
-            .key_changes
-            .retain(|at| now.saturating_sub(*at) < KEY_WINDOW_MS);
-        if present.key_changes.len() >= KEYS_PER_WINDOW {
-            return Err(format!(
-                "node {name} changed its keys {KEYS_PER_WINDOW} times within an hour: wait"
-            ));
-        }
-        self.keys.claim(slot.public_key, name)?;
-        present.key_changes.push(now);
-        let old = present.slots.insert(slot.slot, slot).map(|old| old.public_key);
-        if let Some(old) = old.filter(|old| present.slots.values().all(|slot| slot.public_key != *old)) {
-            self.keys.revoke(old, name);
-            remember_replaced(present, old);
-        }
-        self.dirty = true;
-        self.changed.insert(name.clone());
-        Ok(())
     }
 
     /// Applies the directory rules if anything changed. Returns whether it did.
@@ -305,21 +329,17 @@ impl Nodes {
             PrefixSource::PodCidr => present.source.pod_cidrs.clone(),
             PrefixSource::PodIp => vec![],
         };
-        let newest = present
-            .slots
-            .values()
-            .map(|slot| slot.generation)
-            .max()
-            .unwrap_or(0);
+        let mut slots = present.keys.slots.clone();
+        slots.retain(|slot| self.keys.may_claim(slot.public_key, name).is_ok());
         NodeRecord {
             name: name.clone(),
             uid: present.uid.clone(),
             endpoints: present.source.addresses.clone(),
             addresses: present.source.addresses.clone(),
             prefixes,
-            slots: present.slots.values().cloned().collect(),
-            active: newest,
-            last: newest,
+            slots,
+            active: present.keys.active,
+            last: present.keys.last,
             datapath: present.datapath,
         }
     }
@@ -337,12 +357,17 @@ impl Nodes {
     pub(crate) fn stored(&self, name: &NodeName) -> Option<StoredNode> {
         if let Some(present) = self.present.get(name) {
             let record = self.checked.get(name).cloned();
-            let (order, revoked) = (present.order, present.revoked.clone());
+            // What is stored of the keys is the truth, also where the rules hide a part of it.
+            let record = record.map(|record| NodeRecord {
+                slots: present.keys.slots.clone(),
+                ..record
+            });
             return Some(StoredNode {
                 name: name.clone(),
-                order,
+                order: present.order,
                 record,
-                revoked,
+                since: present.since.clone(),
+                revoked: present.revoked.clone(),
             });
         }
         let past = self.past.get(name)?;
@@ -350,6 +375,7 @@ impl Nodes {
             name: name.clone(),
             order: past.order,
             record: past.record.clone(),
+            since: past.since.clone(),
             revoked: past.revoked.clone(),
         })
     }
@@ -380,26 +406,4 @@ fn dead_uids(past: &Past) -> impl Iterator<Item = &NodeUid> {
         .iter()
         .map(|revoked| &revoked.uid)
         .filter(move |uid| Some(*uid) != living)
-}
-
-fn remember_replaced(present: &mut Present, key: PublicKey) {
-    let index = match present
-        .revoked
-        .iter()
-        .position(|revoked| revoked.uid == present.uid)
-    {
-        Some(index) => index,
-        None => {
-            present.revoked.push(Revoked {
-                uid: present.uid.clone(),
-                keys: vec![],
-            });
-            present.revoked.len() - 1
-        }
-    };
-    let keys = &mut present.revoked[index].keys;
-    keys.push(key);
-    if keys.len() > REPLACED_KEYS {
-        keys.remove(0);
-    }
 }

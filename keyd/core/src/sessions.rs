@@ -91,6 +91,12 @@ impl Sessions {
         }
     }
 
+    /// The newest version that a node's agent has acknowledged; `None` where it has no stream.
+    pub(crate) fn applied_by(&self, node: &NodeName) -> Option<u64> {
+        let session = self.of_node(node).and_then(|id| self.by_id.get(&id))?;
+        Some(session.applied)
+    }
+
     /// The version that every connected agent, laggards aside, has acknowledged.
     pub(crate) fn acknowledged(&self) -> u64 {
         let waited_for = self

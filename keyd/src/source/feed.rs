@@ -7,7 +7,7 @@ use std::{
 
 use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
-use warren_keyd_core::{Namespace, Node, Pod, SourceEvent};
+use warren_keyd_core::{Namespace, Node, Pod, RotationObject, SourceEvent};
 use warren_model::{
     NodeName,
     policy::{PolicyError, PolicyRef, Rule},
@@ -39,6 +39,7 @@ struct State {
     pods: BTreeMap<(String, String), Pod>,
     policies: BTreeMap<PolicyRef, (Result<Vec<Rule>, PolicyError>, Seen)>,
     groups: BTreeMap<String, Result<Vec<IpNet>, PolicyError>>,
+    rotations: BTreeMap<String, RotationObject>,
     apiservers: BTreeSet<IpAddr>,
     problems: Vec<String>,
     synced: bool,
@@ -77,6 +78,13 @@ impl State {
             SourceEvent::ApiServers(addresses) => {
                 std::mem::replace(&mut self.apiservers, addresses.clone()) != *addresses
             }
+            SourceEvent::RotationUpsert(object) => {
+                self.rotations
+                    .insert(object.name.clone(), object.clone())
+                    .as_ref()
+                    != Some(object)
+            }
+            SourceEvent::RotationDelete(name) => self.rotations.remove(name).is_some(),
             SourceEvent::Synced => !std::mem::replace(&mut self.synced, true),
         }
     }
@@ -109,6 +117,7 @@ impl State {
                 name: name.clone(),
                 outcome: outcome.clone(),
             });
+        let rotations = self.rotations.values().cloned().map(SourceEvent::RotationUpsert);
         let apiservers = std::iter::once(SourceEvent::ApiServers(self.apiservers.clone()));
         let policies = self
             .policies
@@ -122,6 +131,7 @@ impl State {
             .chain(nodes)
             .chain(pods)
             .chain(groups)
+            .chain(rotations)
             .chain(apiservers);
         std::iter::once(hub::Command::SourceProblems(self.problems.clone()))
             .chain(events.map(hub::Command::Source))

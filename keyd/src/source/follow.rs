@@ -43,7 +43,7 @@ pub(super) struct Shared {
 }
 
 /// (namespace, name); the namespace of a cluster-scoped object is empty.
-pub(super) type Key = (String, String);
+pub(crate) type Key = (String, String);
 
 /// What an object says.
 type Upsert<K> = dyn Fn(&K) -> Result<Feed, parse::Fault> + Send + Sync;
@@ -51,10 +51,10 @@ type Upsert<K> = dyn Fn(&K) -> Result<Feed, parse::Fault> + Send + Sync;
 type Delete = dyn Fn(Key) -> Feed + Send + Sync;
 
 /// How objects of one kind become events.
-pub(super) struct Kind<K> {
-    pub(super) name: &'static str,
-    pub(super) upsert: Box<Upsert<K>>,
-    pub(super) delete: Box<Delete>,
+pub(crate) struct Kind<K> {
+    pub(crate) name: &'static str,
+    pub(crate) upsert: Box<Upsert<K>>,
+    pub(crate) delete: Box<Delete>,
 }
 
 /// Why a watch ended.

@@ -36,10 +36,10 @@ use super::{
     follow::{Kind, Shared, follow, follow_custom},
     parse,
 };
-use crate::policy_status::Seen;
+use crate::{policy_status::Seen, rotations};
 
 /// How many kinds are watched, all of them below.
-const KINDS: usize = 8;
+const KINDS: usize = 9;
 /// The Service whose endpoints are the API servers.
 const APISERVER_SELECTOR: &str = "kubernetes.io/service-name=kubernetes";
 
@@ -102,6 +102,9 @@ pub(crate) fn watch(client: &Client, cluster: &str, feed: mpsc::Sender<Feed>) {
     }
     let resource = ApiResource::erase::<CiliumCIDRGroup>(&());
     custom(client, resource.clone(), groups(resource), &shared);
+    let (resource, kind) = rotations::kind();
+    let api = Api::all(client.clone());
+    tokio::spawn(follow_custom(client.clone(), resource, api, kind, shared));
 }
 
 fn custom(client: &Client, resource: ApiResource, kind: Kind<DynamicObject>, shared: &Shared) {

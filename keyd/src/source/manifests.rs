@@ -1,5 +1,5 @@
 //! The manifest folder: `*.yaml`, `*.yml` and `*.json` files, several documents each, of Nodes, Namespaces, Pods,
-//! policies and CiliumCIDRGroups. Other kinds are somebody else's and are skipped.
+//! policies, CiliumCIDRGroups and KeyRotations. Other kinds are somebody else's and are skipped.
 //!
 //! The folder is read twice a second and compared with what was read before: that works on every file system and
 //! needs no event queue that can overflow. Editors and copies are not atomic, so nothing is believed hastily:
@@ -23,10 +23,11 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use warren_crds::cilium;
 use warren_keyd_api::token::sha256;
-use warren_keyd_core::{Namespace, Node, Pod, SourceEvent};
+use warren_keyd_core::{Namespace, Node, Pod, RotationObject, SourceEvent};
 use warren_model::policy::{PolicyError, PolicyRef, Rule};
 
 use super::{feed::Feed, parse};
+use crate::{files, rotations};
 
 /// Time between two readings.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -42,6 +43,7 @@ enum Object {
     /// A policy that is wrong is told, so that it is shown as what it is.
     Policy(PolicyRef, Result<Vec<Rule>, PolicyError>),
     Group(String, Result<Vec<IpNet>, PolicyError>),
+    Rotation(RotationObject),
 }
 
 /// What an object is called.
@@ -52,6 +54,7 @@ enum Key {
     Pod(String, String),
     Policy(PolicyRef),
     Group(String),
+    Rotation(String),
 }
 
 impl Object {
@@ -62,6 +65,7 @@ impl Object {
             Self::Pod(pod) => Key::Pod(pod.namespace.clone(), pod.name.clone()),
             Self::Policy(policy, _) => Key::Policy(policy.clone()),
             Self::Group(name, _) => Key::Group(name.clone()),
+            Self::Rotation(rotation) => Key::Rotation(rotation.name.clone()),
         }
     }
 
@@ -72,6 +76,7 @@ impl Object {
             Self::Pod(pod) => SourceEvent::PodUpsert(pod),
             Self::Policy(policy, outcome) => SourceEvent::PolicyUpsert { policy, outcome },
             Self::Group(name, outcome) => SourceEvent::CidrGroupUpsert { name, outcome },
+            Self::Rotation(rotation) => SourceEvent::RotationUpsert(rotation),
         }
     }
 }
@@ -84,6 +89,7 @@ impl Key {
             Self::Pod(namespace, name) => SourceEvent::PodDelete { namespace, name },
             Self::Policy(policy) => SourceEvent::PolicyDelete(policy),
             Self::Group(name) => SourceEvent::CidrGroupDelete(name),
+            Self::Rotation(name) => SourceEvent::RotationDelete(name),
         }
     }
 }
@@ -100,6 +106,8 @@ struct ManifestFile {
 #[derive(Debug)]
 pub(crate) struct Folder {
     path: PathBuf,
+    /// A folder of keyd's own with KeyRotations that an operator asked for at the local socket.
+    requests: PathBuf,
     /// The cluster's name, which policies may mean.
     cluster: String,
     files: BTreeMap<String, ManifestFile>,
@@ -111,10 +119,12 @@ pub(crate) struct Folder {
 
 impl Folder {
     /// The folder must exist: a wrong path must not look like an empty cluster.
-    pub(crate) fn open(path: PathBuf, cluster: &str) -> anyhow::Result<Self> {
+    pub(crate) fn open(path: PathBuf, requests: PathBuf, cluster: &str) -> anyhow::Result<Self> {
         fs::read_dir(&path).with_context(|| format!("cannot read the manifest folder {}", path.display()))?;
+        files::make_dir(&requests).with_context(|| format!("cannot make {}", requests.display()))?;
         Ok(Self {
             path,
+            requests,
             cluster: cluster.to_owned(),
             files: BTreeMap::new(),
             told: BTreeMap::new(),
@@ -145,16 +155,14 @@ impl Folder {
     }
 
     fn names(&self) -> io::Result<BTreeSet<String>> {
-        let mut names = BTreeSet::new();
-        for entry in fs::read_dir(&self.path)? {
-            let Ok(name) = entry?.file_name().into_string() else {
-                continue;
-            };
-            let known = [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end));
-            if known && !name.starts_with('.') {
-                names.insert(name);
-            }
-        }
+        let mut names = manifests_in(&self.path)?;
+        // By their whole path: another folder.
+        let requests = manifests_in(&self.requests)?;
+        names.extend(
+            requests
+                .iter()
+                .filter_map(|name| self.requests.join(name).into_os_string().into_string().ok()),
+        );
         Ok(names)
     }
 
@@ -269,8 +277,23 @@ impl std::fmt::Display for Key {
             Self::Pod(namespace, name) => write!(f, "Pod {namespace}/{name}"),
             Self::Policy(policy) => write!(f, "{policy}"),
             Self::Group(name) => write!(f, "CiliumCIDRGroup {name}"),
+            Self::Rotation(name) => write!(f, "KeyRotation {name}"),
         }
     }
+}
+
+fn manifests_in(folder: &Path) -> io::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(folder)? {
+        let Ok(name) = entry?.file_name().into_string() else {
+            continue;
+        };
+        let known = [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end));
+        if known && !name.starts_with('.') {
+            names.insert(name);
+        }
+    }
+    Ok(names)
 }
 
 fn read_text(path: &Path) -> io::Result<String> {
@@ -389,6 +412,9 @@ fn parse_document(file: &str, document: &str, cluster: &str) -> Result<Vec<Objec
             let outcome = cilium::parse_group(&yaml(document)?).map(|(_, prefixes)| prefixes);
             vec![Object::Group(head.metadata.name, outcome)]
         }
+        ("warren.dev/v1alpha1", "KeyRotation") => vec![Object::Rotation(
+            rotations::parse(&yaml(document)?).map_err(named)?,
+        )],
         _ => vec![],
     })
 }

@@ -1,19 +1,20 @@
 //! The state folder of stand-alone mode: the same objects as in Kubernetes, one YAML file each.
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use warren_crds::{MeshIdentity, MeshNode, MeshState, MeshStateSpec, STATE_NAME};
+use warren_crds::{KeyRotationStatus, MeshIdentity, MeshNode, MeshState, MeshStateSpec, STATE_NAME};
 use warren_keyd_api::token::sha256;
-use warren_keyd_core::{Object, StoredEndpoint, next_epoch};
-use warren_model::{NodeName, PodRef};
+use warren_keyd_core::{Object, StoredEndpoint, StoredNode, next_epoch};
+use warren_model::{NodeKeys, NodeName, PodRef};
 
-use super::{Loaded, objects};
+use super::{Loaded, StatusWritten, objects};
 use crate::{clock, files, trust::Trust};
 
 /// An endpoint's file.
@@ -23,6 +24,15 @@ struct EndpointFile {
     node: NodeName,
     pod: PodRef,
     addresses: Vec<std::net::IpAddr>,
+}
+
+/// The status of a KeyRotation, whose spec is a manifest.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct RotationFile {
+    name: String,
+    uid: String,
+    status: KeyRotationStatus,
 }
 
 /// A folder of objects.
@@ -39,15 +49,9 @@ impl FileStore {
 
     /// Starts a term: the stored epoch plus one, at least the time.
     pub(crate) fn begin_term(&self, holder: &str) -> anyhow::Result<u64> {
+        let _lock = self.lock()?;
         let path = self.folder.join("meshstate.yaml");
-        let last = match files::read(&path).with_context(|| format!("cannot read {}", path.display()))? {
-            Some(text) => {
-                let state: MeshState = serde_saphyr::from_str(&text)
-                    .map_err(|error| anyhow::anyhow!("{} is damaged: {error}", path.display()))?;
-                state.spec.epoch
-            }
-            None => 0,
-        };
+        let last = self.epoch()?;
         let epoch = next_epoch(last, clock::unix_ms());
         let state = MeshState::new(
             STATE_NAME,
@@ -58,6 +62,79 @@ impl FileStore {
         );
         write(&path, &state)?;
         Ok(epoch)
+    }
+
+    /// The stored epoch; 0 before the first term.
+    pub(crate) fn epoch(&self) -> anyhow::Result<u64> {
+        let path = self.folder.join("meshstate.yaml");
+        let text = files::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Some(text) = text else { return Ok(0) };
+        let state: MeshState = serde_saphyr::from_str(&text)
+            .map_err(|error| anyhow::anyhow!("{} is damaged: {error}", path.display()))?;
+        Ok(state.spec.epoch)
+    }
+
+    /// Held while an object is read, compared and written: another keyd may have been started on the same folder.
+    fn lock(&self) -> anyhow::Result<File> {
+        let path = self.folder.join(".lock");
+        let locked = File::create(&path).and_then(|file| {
+            file.set_permissions(fs::Permissions::from_mode(0o600))?;
+            file.lock()?;
+            Ok(file)
+        });
+        locked.with_context(|| format!("cannot lock {}", path.display()))
+    }
+
+    /// The stored node; `None` where there is none that is ours.
+    pub(crate) fn node(&self, name: &str) -> Option<StoredNode> {
+        let object: MeshNode = read(&self.node_path(name)).ok()?;
+        objects::stored_node(name, &object.spec, &self.trust.signer).ok()
+    }
+
+    fn node_path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("meshnode-{name}.yaml"))
+    }
+
+    fn write_node(
+        &self,
+        name: &str,
+        decide: impl Fn(Option<&StoredNode>) -> Option<StoredNode>,
+    ) -> anyhow::Result<Option<StoredNode>> {
+        let _lock = self.lock()?;
+        let current = self.node(name);
+        match decide(current.as_ref()).filter(|new| Some(new) != current.as_ref()) {
+            Some(new) => {
+                write(
+                    &self.node_path(name),
+                    &objects::mesh_node(&new, &self.trust.signer),
+                )?;
+                Ok(Some(new))
+            }
+            None => Ok(current),
+        }
+    }
+
+    pub(crate) fn swap_keys(&self, was: &NodeKeys, node: &StoredNode) -> anyhow::Result<Option<StoredNode>> {
+        self.write_node(node.name.as_str(), |current| node.in_place_of(was, current))
+    }
+
+    fn rotation_path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("keyrotation-{name}.yaml"))
+    }
+
+    pub(crate) fn rotation_status(
+        &self,
+        name: &str,
+        uid: &str,
+        status: &KeyRotationStatus,
+    ) -> anyhow::Result<StatusWritten> {
+        let file = RotationFile {
+            name: name.to_owned(),
+            uid: uid.to_owned(),
+            status: status.clone(),
+        };
+        write(&self.rotation_path(name), &file)?;
+        Ok(StatusWritten::Written)
     }
 
     pub(crate) fn load(&self) -> anyhow::Result<Loaded> {
@@ -97,6 +174,9 @@ impl FileStore {
                 .recovered
                 .identities
                 .push(read::<MeshIdentity>(path)?.identity());
+        } else if name.starts_with("keyrotation-") {
+            let RotationFile { name, uid, status } = read(path)?;
+            loaded.rotation(name, uid, status);
         } else if name.starts_with("endpoint-") {
             let EndpointFile { node, pod, addresses } = read(path)?;
             loaded
@@ -109,10 +189,9 @@ impl FileStore {
 
     pub(crate) fn apply(&self, object: &Object) -> anyhow::Result<()> {
         match object {
-            Object::Node(node) => {
-                let path = self.folder.join(format!("meshnode-{}.yaml", node.name));
-                write(&path, &objects::mesh_node(node, &self.trust.signer))
-            }
+            Object::Node(node) => self
+                .write_node(node.name.as_str(), |current| node.over(current))
+                .map(drop),
             Object::Identity(number, labels) => {
                 let path = self.folder.join(format!("meshidentity-{number}.yaml"));
                 write(&path, &MeshIdentity::of(*number, labels))
@@ -128,6 +207,7 @@ impl FileStore {
                 )
             }
             Object::EndpointDelete(pod) => remove(&self.endpoint_path(pod)),
+            Object::RotationDelete(name) => remove(&self.rotation_path(name)),
         }
     }
 

@@ -1,5 +1,6 @@
-//! Durable state as Kubernetes objects. All writes are server-side applies of whole objects, forced: nobody else
-//! writes them.
+//! Durable state as Kubernetes objects. MeshNodes, MeshState and statuses of KeyRotations are written by compare-and-swap
+//! (resource version): two leaders may believe in themselves. The others are server-side applies of whole objects, forced:
+//! nobody else writes them.
 
 use std::sync::Arc;
 
@@ -11,19 +12,25 @@ use kube::{
 };
 use serde_json::json;
 use warren_crds::{
-    MeshIdentity, MeshNode, MeshNodeStatus, MeshState, MeshStateSpec, STATE_NAME,
+    KeyRotation, KeyRotationStatus, MeshIdentity, MeshNode, MeshNodeStatus, MeshState, MeshStateSpec,
+    STATE_NAME,
     cilium::{CiliumClusterwideNetworkPolicy, CiliumNetworkPolicy},
 };
-use warren_keyd_core::{Object, next_epoch};
-use warren_model::policy::{PolicyKind, PolicyRef};
+use warren_keyd_core::{Object, StoredNode, next_epoch};
+use warren_model::{
+    NodeKeys,
+    policy::{PolicyKind, PolicyRef},
+};
 
-use super::{Loaded, objects};
+use super::{Loaded, StatusWritten, objects};
 use crate::{clock, trust::Trust};
 
 /// Field manager of every write.
 pub(crate) const MANAGER: &str = "warren-keyd";
 /// Objects per page of a list.
 const PAGE: u32 = 500;
+/// How often a write is tried that somebody else always comes before.
+const ATTEMPTS: u32 = 10;
 
 /// The API server as a store.
 pub(crate) struct KubeStore {
@@ -83,18 +90,123 @@ impl KubeStore {
         for identity in identities.context("cannot list MeshIdentities")? {
             loaded.recovered.identities.push(identity.identity());
         }
+        self.load_rotations(&mut loaded).await?;
         Ok(loaded)
+    }
+
+    /// Writes what `decide` makes of the stored node; returns what is stored then. An object without our signature counts as
+    /// none and is replaced.
+    async fn write_node(
+        &self,
+        name: &str,
+        decide: impl Fn(Option<&StoredNode>) -> Option<StoredNode>,
+    ) -> anyhow::Result<Option<StoredNode>> {
+        let api: Api<MeshNode> = Api::all(self.client.clone());
+        for attempt in 1.. {
+            let found = api.get_opt(name).await?;
+            let signer = &self.trust.signer;
+            let current = found
+                .as_ref()
+                .and_then(|found| objects::stored_node(name, &found.spec, signer).ok());
+            let Some(new) = decide(current.as_ref()).filter(|new| Some(new) != current.as_ref()) else {
+                return Ok(current);
+            };
+            let mut object = objects::mesh_node(&new, signer);
+            let params = PostParams {
+                field_manager: Some(MANAGER.into()),
+                ..PostParams::default()
+            };
+            let written = match found {
+                Some(found) => {
+                    // With the resource version of what was read: this is the compare-and-swap.
+                    object.metadata = found.metadata;
+                    object.metadata.managed_fields = None;
+                    api.replace(name, &params, &object).await
+                }
+                None => api.create(&params, &object).await,
+            };
+            match written {
+                Ok(_) => return Ok(Some(new)),
+                Err(error) if is_code(&error, 409) && attempt < ATTEMPTS => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) async fn swap_keys(
+        &self,
+        was: &NodeKeys,
+        node: &StoredNode,
+    ) -> anyhow::Result<Option<StoredNode>> {
+        self.write_node(node.name.as_str(), |current| node.in_place_of(was, current))
+            .await
+    }
+
+    pub(crate) async fn node(&self, name: &str) -> anyhow::Result<Option<StoredNode>> {
+        let api: Api<MeshNode> = Api::all(self.client.clone());
+        let found = api.get_opt(name).await?;
+        Ok(found.and_then(|found| objects::stored_node(name, &found.spec, &self.trust.signer).ok()))
+    }
+
+    pub(crate) async fn epoch(&self) -> anyhow::Result<u64> {
+        let api: Api<MeshState> = Api::all(self.client.clone());
+        let state = api.get_opt(STATE_NAME).await.context("cannot read MeshState")?;
+        Ok(state.context("MeshState is gone")?.spec.epoch)
+    }
+
+    pub(crate) async fn rotation_status(
+        &self,
+        name: &str,
+        uid: &str,
+        was: Option<&KeyRotationStatus>,
+        status: &KeyRotationStatus,
+    ) -> anyhow::Result<StatusWritten> {
+        let api: Api<KeyRotation> = Api::all(self.client.clone());
+        for attempt in 1.. {
+            let found = api.get_opt(name).await?;
+            let Some(mut object) = found.filter(|found| found.metadata.uid.as_deref() == Some(uid)) else {
+                return Ok(StatusWritten::Gone);
+            };
+            if object.status.as_ref() != was {
+                return Ok(StatusWritten::Theirs(object.status.unwrap_or_default()));
+            }
+            object.status = Some(status.clone());
+            object.metadata.managed_fields = None;
+            match api.replace_status(name, &PostParams::default(), &object).await {
+                Ok(_) => return Ok(StatusWritten::Written),
+                // Its spec was edited meanwhile, most likely.
+                Err(error) if is_code(&error, 409) && attempt < ATTEMPTS => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(StatusWritten::Gone)
+    }
+
+    async fn load_rotations(&self, loaded: &mut Loaded) -> anyhow::Result<()> {
+        let rotations = match list(Api::<KeyRotation>::all(self.client.clone())).await {
+            // A cluster whose definitions are older than keyd.
+            Err(error) if is_code(&error, 404) => return Ok(()),
+            listed => listed.context("cannot list KeyRotations")?,
+        };
+        for rotation in rotations {
+            let (Some(name), Some(uid)) = (rotation.metadata.name, rotation.metadata.uid) else {
+                continue;
+            };
+            if let Some(status) = rotation.status {
+                loaded.rotation(name, uid, status);
+            }
+        }
+        Ok(())
     }
 
     pub(crate) async fn apply(&self, object: &Object) -> anyhow::Result<()> {
         let params = PatchParams::apply(MANAGER).force();
         match object {
-            Object::Node(node) => {
-                let object = objects::mesh_node(node, &self.trust.signer);
-                let api: Api<MeshNode> = Api::all(self.client.clone());
-                api.patch(node.name.as_str(), &params, &Patch::Apply(&object))
-                    .await?;
-            }
+            Object::Node(node) => drop(
+                self.write_node(node.name.as_str(), |current| node.over(current))
+                    .await?,
+            ),
             Object::Identity(number, labels) => {
                 let object = MeshIdentity::of(*number, labels);
                 let api: Api<MeshIdentity> = Api::all(self.client.clone());
@@ -108,8 +220,8 @@ impl KubeStore {
                     _ => {}
                 }
             }
-            // The API knows pod addresses.
-            Object::Endpoint(_) | Object::EndpointDelete(_) => {}
+            // The API knows pod addresses; the status of a rotation goes with it.
+            Object::Endpoint(_) | Object::EndpointDelete(_) | Object::RotationDelete(_) => {}
         }
         Ok(())
     }

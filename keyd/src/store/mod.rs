@@ -4,14 +4,16 @@ mod files;
 mod kubernetes;
 mod objects;
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 pub(crate) use files::FileStore;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 pub(crate) use kubernetes::{KubeStore, MANAGER, is_code};
-use warren_crds::MeshNodeStatus;
-use warren_keyd_core::{Object, Recovered};
-use warren_model::policy::PolicyRef;
+use warren_crds::{KeyRotationStatus, MeshNodeStatus};
+use warren_keyd_core::{Object, Recovered, StoredNode, StoredRotation};
+use warren_model::{NodeKeys, policy::PolicyRef};
+
+use crate::rotations::progress;
 
 /// A store. Writes are idempotent.
 #[derive(Clone)]
@@ -33,6 +35,7 @@ impl ObjectName {
             Object::Identity(number, _) | Object::IdentityDelete(number) => format!("MeshIdentity {number}"),
             Object::Endpoint(endpoint) => format!("endpoint {}/{}", endpoint.pod, endpoint.pod.uid),
             Object::EndpointDelete(pod) => format!("endpoint {pod}/{}", pod.uid),
+            Object::RotationDelete(name) => format!("KeyRotation {name}"),
         })
     }
 }
@@ -41,10 +44,80 @@ impl ObjectName {
 #[derive(Debug, Default)]
 pub(crate) struct Loaded {
     pub(crate) recovered: Recovered,
+    /// Statuses of KeyRotations as they were found.
+    pub(crate) rotations: RotationStatuses,
     pub(crate) problems: Vec<String>,
 }
 
+impl Loaded {
+    /// A KeyRotation with a status was found.
+    fn rotation(&mut self, name: String, uid: String, status: KeyRotationStatus) {
+        self.recovered.rotations.push(StoredRotation {
+            name: name.clone(),
+            uid: uid.clone(),
+            progress: progress(&status),
+        });
+        self.rotations.insert(name, (uid, status));
+    }
+}
+
+/// (UID, status) of KeyRotations, by name.
+pub(crate) type RotationStatuses = BTreeMap<String, (String, KeyRotationStatus)>;
+
+/// What became of a status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum StatusWritten {
+    Written,
+    /// Somebody else has written another one, which counts.
+    Theirs(KeyRotationStatus),
+    /// The object is gone.
+    Gone,
+}
+
 impl Store {
+    /// Writes a node with changed keys, if those that are stored are still `was`. Returns what is stored then; `None`: nothing
+    /// that is ours. After an error it is not known what is stored.
+    pub(crate) async fn swap_keys(
+        &self,
+        was: &NodeKeys,
+        node: &StoredNode,
+    ) -> anyhow::Result<Option<StoredNode>> {
+        match self {
+            Self::Files(store) => store.swap_keys(was, node),
+            Self::Kubernetes(store) => store.swap_keys(was, node).await,
+        }
+    }
+
+    /// Reads one node; `None` where there is none that is ours.
+    pub(crate) async fn node(&self, name: &str) -> anyhow::Result<Option<StoredNode>> {
+        match self {
+            Self::Files(store) => Ok(store.node(name)),
+            Self::Kubernetes(store) => store.node(name).await,
+        }
+    }
+
+    /// The epoch that is stored now.
+    pub(crate) async fn epoch(&self) -> anyhow::Result<u64> {
+        match self {
+            Self::Files(store) => store.epoch(),
+            Self::Kubernetes(store) => store.epoch().await,
+        }
+    }
+
+    /// Writes the status of a KeyRotation, if the one that is stored is still `was` (`None`: there is none yet).
+    pub(crate) async fn rotation_status(
+        &self,
+        name: &str,
+        uid: &str,
+        was: Option<&KeyRotationStatus>,
+        status: &KeyRotationStatus,
+    ) -> anyhow::Result<StatusWritten> {
+        match self {
+            Self::Files(store) => store.rotation_status(name, uid, status),
+            Self::Kubernetes(store) => store.rotation_status(name, uid, was, status).await,
+        }
+    }
+
     /// Reads everything at the start of a term.
     pub(crate) async fn load(&self) -> anyhow::Result<Loaded> {
         match self {

@@ -32,6 +32,9 @@ pub(crate) fn mesh_node(node: &StoredNode, signer: &ManifestSigner) -> MeshNode 
             public_keys: revoked.keys.iter().map(ToString::to_string).collect(),
         })
         .collect();
+    for slot in &mut spec.slots {
+        slot.since = node.since.get(&slot.generation).copied().unwrap_or_default();
+    }
     let name = node.name.as_str();
     spec.signature = STANDARD.encode(signer.sign(LABEL, &signed_bytes(name, &spec)));
     MeshNode::new(name, spec)
@@ -59,13 +62,18 @@ pub(crate) fn stored_node(
         name: name.into(),
         order: spec.order,
         record: spec.record(name)?,
+        since: spec
+            .slots
+            .iter()
+            .map(|slot| (slot.generation, slot.since))
+            .collect(),
         revoked: revoked.collect::<Result<_, warren_crds::SpecError>>()?,
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use warren_model::NodeRecord;
+    use warren_model::{NodeRecord, SlotKey};
 
     use super::*;
 
@@ -78,9 +86,14 @@ mod tests {
             endpoints: vec![],
             addresses: vec![],
             prefixes: vec!["10.1.0.0/24".parse().unwrap()],
-            slots: vec![],
-            active: 0,
-            last: 0,
+            slots: vec![SlotKey {
+                slot: 0,
+                port: 51871,
+                generation: 1,
+                public_key: warren_model::PublicKey::from_bytes([8; 32]).unwrap(),
+            }],
+            active: 1,
+            last: 2,
             datapath: None,
         };
         let key = warren_model::PublicKey::from_bytes([7; 32]).unwrap();
@@ -92,6 +105,7 @@ mod tests {
             let node = StoredNode {
                 name: "a".into(),
                 order: 3,
+                since: record.iter().map(|_| (1, 1_700_000_000)).collect(),
                 record,
                 revoked: revoked.clone(),
             };

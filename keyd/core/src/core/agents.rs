@@ -1,17 +1,21 @@
 //! What agents say.
 
-use warren_model::{Datapath, NodeName, NodeUid, SlotKey};
+use warren_model::{Datapath, NodeName, NodeUid};
 
 use super::{Added, Core};
 use crate::event::{AgentEvent, EndpointError, Output, SessionId};
 
 impl Core {
-    pub(super) fn close(&mut self, session: SessionId, reason: String, retry: bool) {
+    /// Forgets a stream.
+    pub(super) fn end(&mut self, now: u64, session: SessionId) {
         if let Some(closed) = self.sessions.close(session) {
-            self.waiting.retain(|waiting| waiting.session != session);
-            self.added.retain(|added| added.session != session);
-            drop(closed);
+            self.stream_changed(now, closed.node, false);
         }
+    }
+    pub(super) fn close(&mut self, now: u64, session: SessionId, reason: String, retry: bool) {
+        self.end(now, session);
+        self.waiting.retain(|waiting| waiting.session != session);
+        self.added.retain(|added| added.session != session);
         self.out.push(Output::Close {
             session,
             reason,
@@ -27,14 +31,16 @@ impl Core {
                 datapath,
                 resume,
             } => {
-                self.connected(session, node, uid, datapath, resume);
+                self.connected(now, session, node, &uid, datapath, resume);
             }
             AgentEvent::Disconnected(session) => {
-                self.sessions.close(session);
+                self.end(now, session);
                 self.waiting.retain(|waiting| waiting.session != session);
                 self.added.retain(|added| added.session != session);
             }
-            AgentEvent::KeyProved { session, slot } => self.key_proved(session, slot, now),
+            AgentEvent::KeyProved { session, slots } => self.key_proved(session, &slots, now),
+            AgentEvent::Held { session, keys } => self.held(now, session, keys),
+            AgentEvent::Paths { session, pairs } => self.paths(now, session, pairs),
             AgentEvent::EndpointAdd {
                 session,
                 request_id,
@@ -74,16 +80,17 @@ impl Core {
     }
     pub(super) fn connected(
         &mut self,
+        now: u64,
         session: SessionId,
         node: NodeName,
-        uid: NodeUid,
+        uid: &NodeUid,
         datapath: Option<Datapath>,
         resume: (u64, u64),
     ) {
         let refusal = match self.nodes.uid(&node) {
             _ if !self.synced => Some(("keyd is still reading the cluster's objects".to_owned(), true)),
             None => Some((format!("node {node} does not exist"), false)),
-            Some(known) if *known != uid => Some((
+            Some(known) if known != uid => Some((
                 format!("node {node} has UID {known} now, not {uid}: enrol it again"),
                 false,
             )),
@@ -99,39 +106,10 @@ impl Core {
         }
         self.nodes.set_datapath(&node, datapath);
         if let Some(older) = self.sessions.open(session, node.clone(), resume) {
-            self.close(
-                older,
-                format!("a newer stream of node {node} replaces this one"),
-                false,
-            );
+            let reason = format!("a newer stream of node {node} replaces this one");
+            self.close(now, older, reason, false);
         }
-    }
-    pub(super) fn key_proved(&mut self, session: SessionId, slot: SlotKey, now: u64) {
-        let Some(node) = self.sessions.get(session).map(|session| session.node.clone()) else {
-            return;
-        };
-        let public_key = slot.public_key;
-        let result = self.nodes.put_key(&node, slot, now);
-        match &result {
-            Ok(()) => drop(self.refusals.remove(&(node, "key"))),
-            Err(reason) => {
-                self.counters.refused_keys += 1;
-                let sentence = format!("node {node} offers a key that is refused: {reason}");
-                self.refusals.insert((node, "key"), (now, sentence));
-            }
-        }
-        self.out.push(Output::KeyResult {
-            session,
-            public_key,
-            result,
-        });
-    }
-    /// A key that never got as far as a proof (malformed, low order, wrong proof): shown and counted like the
-    /// others.
-    pub fn key_refused(&mut self, now: u64, node: &NodeName, reason: &str) {
-        self.counters.refused_keys += 1;
-        let sentence = format!("node {node} offers a key that is refused: {reason}");
-        self.refusals.insert((node.clone(), "key"), (now, sentence));
+        self.stream_changed(now, node, true);
     }
     pub(super) fn endpoint_add(&mut self, added: Added, now: u64) {
         let Some(name) = self

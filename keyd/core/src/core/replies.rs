@@ -83,7 +83,7 @@ impl Core {
         {
             for session in self.sessions.mark_laggards(version) {
                 let reason = format!("version {version} was not acknowledged in time: reconnect");
-                self.close_laggard(session, reason);
+                self.close_laggard(now, session, reason);
             }
         }
         let acknowledged = self.sessions.acknowledged();
@@ -118,8 +118,8 @@ impl Core {
         self.published.forget_retired(acknowledged);
     }
     /// Ends a laggard's stream; its own waiting requests stay answered.
-    pub(super) fn close_laggard(&mut self, session: SessionId, reason: String) {
-        self.sessions.close(session);
+    pub(super) fn close_laggard(&mut self, now: u64, session: SessionId, reason: String) {
+        self.end(now, session);
         self.out.push(Output::Close {
             session,
             reason,

@@ -1,6 +1,8 @@
 //! `apply(event)`, expect outputs.
 
-use warren_model::{ClusterConfig, Datapath, NodeName, PodRef, PrefixSource, PublicKey, SlotKey};
+use warren_model::{
+    ClusterConfig, Datapath, NodeKeys, NodeName, PodRef, PrefixSource, PublicKey, SlotKey, keys::slots_of,
+};
 
 use super::*;
 use crate::{
@@ -99,22 +101,53 @@ impl Index {
 
     /// Polls and keeps what is persisted, as a store would.
     pub(super) fn poll(&mut self) -> Vec<Output> {
-        let outputs = self.core.poll(self.now);
-        for output in &outputs {
-            if let Output::Persist(object) = output {
-                self.store(object.clone());
+        let mut all = vec![];
+        loop {
+            let outputs = self.core.poll(self.now);
+            let mut written = vec![];
+            for output in &outputs {
+                match output {
+                    Output::Persist(object) => self.store(object.clone()),
+                    Output::WriteKeys { was, node } => written.push((was.clone(), node.clone())),
+                    _ => {}
+                }
+            }
+            all.extend(outputs);
+            if written.is_empty() {
+                return all;
+            }
+            for (was, node) in written {
+                let stored = self.swap(&was, &node);
+                self.core.handle(self.now, Event::Stored(Box::new(stored)));
             }
         }
-        outputs
+    }
+
+    fn stored_node(&self, name: &NodeName) -> Option<StoredNode> {
+        self.stored.nodes.iter().find(|old| old.name == *name).cloned()
+    }
+
+    /// Writes keys as a store does; returns what is there then.
+    pub(super) fn swap(&mut self, was: &NodeKeys, node: &StoredNode) -> StoredNode {
+        let current = self.stored_node(&node.name);
+        if let Some(new) = node.in_place_of(was, current.as_ref()) {
+            self.stored.nodes.retain(|old| old.name != node.name);
+            self.stored.nodes.push(new);
+        }
+        self.stored_node(&node.name).unwrap()
     }
 
     pub(super) fn store(&mut self, object: Object) {
         let stored = &mut self.stored;
         match object {
             Object::Node(node) => {
-                stored.nodes.retain(|old| old.name != node.name);
-                stored.nodes.push(node);
+                let current = stored.nodes.iter().find(|old| old.name == node.name);
+                if let Some(node) = node.over(current) {
+                    stored.nodes.retain(|old| old.name != node.name);
+                    stored.nodes.push(node);
+                }
             }
+            Object::RotationDelete(name) => stored.rotations.retain(|old| old.name != name),
             Object::Identity(number, labels) => {
                 stored.identities.retain(|(old, _)| *old != number);
                 stored.identities.push((number, labels));
@@ -159,8 +192,12 @@ impl Index {
     }
 
     pub(super) fn prove(&mut self, session: SessionId, key: u8) -> Result<(), String> {
-        let slot = slot(key);
-        let outputs = self.agent(AgentEvent::KeyProved { session, slot });
+        self.prove_as(session, 1, key)
+    }
+
+    pub(super) fn prove_as(&mut self, session: SessionId, generation: u64, key: u8) -> Result<(), String> {
+        let slots = slots(generation, key);
+        let outputs = self.agent(AgentEvent::KeyProved { session, slots });
         outputs
             .into_iter()
             .find_map(|output| match output {
@@ -168,6 +205,19 @@ impl Index {
                 _ => None,
             })
             .expect("a key is always answered")
+    }
+
+    /// The agent says what it holds; returns the generation that it is asked for.
+    pub(super) fn held(&mut self, session: SessionId, keys: &[(u64, u8)]) -> Option<u64> {
+        let keys = keys
+            .iter()
+            .map(|(generation, key)| (*generation, public_key(*key)));
+        let keys = keys.collect();
+        let outputs = self.agent(AgentEvent::Held { session, keys });
+        outputs.into_iter().find_map(|output| match output {
+            Output::AskKey { generation, .. } => Some(generation),
+            _ => None,
+        })
     }
 
     pub(super) fn add(
@@ -234,13 +284,17 @@ pub(crate) fn node(n: u8) -> Node {
     }
 }
 
-pub(super) fn slot(key: u8) -> SlotKey {
-    SlotKey {
-        slot: 0,
-        port: 51871,
-        generation: 1,
-        public_key: PublicKey::from_bytes([key; 32]).unwrap(),
-    }
+pub(super) fn public_key(key: u8) -> PublicKey {
+    PublicKey::from_bytes([key; 32]).unwrap()
+}
+
+pub(super) fn slots(generation: u64, key: u8) -> [SlotKey; 2] {
+    slots_of(generation).map(|slot| SlotKey {
+        slot,
+        port: 51871 + u16::from(slot),
+        generation,
+        public_key: public_key(key),
+    })
 }
 
 pub(super) fn pod(name: &str, node: u8, ip: Option<&str>) -> Pod {
@@ -304,17 +358,19 @@ fn an_object_is_persisted_before_it_is_published_and_before_the_answer() {
     let session = index.connect(1);
     let outputs = index.agent(AgentEvent::KeyProved {
         session,
-        slot: slot(9),
+        slots: slots(1, 9),
     });
     let [
-        Output::Persist(Object::Node(stored)),
+        Output::WriteKeys { node, .. },
         Output::Publish { .. },
         Output::KeyResult { result: Ok(()), .. },
     ] = &outputs[..]
     else {
         panic!("{outputs:?}")
     };
-    assert_eq!(stored.record.as_ref().unwrap().slots, [slot(9)]);
+    let record = node.record.as_ref().unwrap();
+    assert_eq!(record.slots, slots(1, 9));
+    assert_eq!((record.active, record.last), (1, 1));
 }
 
 #[test]
@@ -500,15 +556,20 @@ fn derived_uids_count_incarnations() {
 }
 
 #[test]
-fn replaced_keys_do_not_come_back_and_endless_replacing_is_stopped() {
+fn lost_keys_do_not_come_back_and_endless_replacing_is_stopped() {
     let mut index = Index::synced(Mode::Kubernetes, 1);
     let session = index.connect(1);
     index.prove(session, 9).unwrap();
     index.prove(session, 9).unwrap();
-    index.prove(session, 10).unwrap();
-    assert!(index.prove(session, 9).unwrap_err().contains("revoked"));
-    let refused = (11..100).find_map(|key| index.prove(session, key).err()).unwrap();
-    assert!(refused.contains("wait"), "{refused}");
+    let refused = index.prove_as(session, 2, 10).unwrap_err();
+    assert!(refused.contains("not asked"), "{refused}");
+    // Its disk was replaced: it is asked for another key in the same half, and the lost one is void.
+    assert_eq!(index.held(session, &[]), Some(3));
+    index.prove_as(session, 3, 10).unwrap();
+    assert_eq!(index.node(1).unwrap().slots, slots(3, 10));
+    assert!(index.prove_as(session, 4, 9).unwrap_err().contains("revoked"));
+    index.core.nodes.exhaust(&"node1".into());
+    assert!(index.prove_as(session, 5, 11).unwrap_err().contains("wait"));
 }
 
 #[test]

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_model::{NodeKeys, NodeName, PublicKey, keys::PathState};
+use warren_model::{
+    NodeKeys, NodeName, PublicKey,
+    keys::{MAX_GENERATION, PathState},
+};
 
 use super::{
     readiness::{self, Reports},
@@ -184,7 +187,7 @@ impl View<'_> {
             (None, _) if self.member.is_cut_off() => self.ask(flight, keys.replacement()),
             (None, Some(_)) => self.switch_and_drain(flight),
             // The first key of a node needs no rotation.
-            (None, None) if keys.active == 0 => self.ask(flight, keys.next()),
+            (None, None) if keys.active == 0 => self.ask(flight, self.first()),
             (None, None) if keys.active > flight.from => self.confirm_destroyed(flight),
             (None, None) if !self.wish.rotate => Step::Finished,
             (None, None) if self.is_late(flight) => {
@@ -204,6 +207,17 @@ impl View<'_> {
             true => Step::Ask(generation),
             false => Step::WaitFor(self.name.clone()),
         }
+    }
+
+    /// The first generation of a node of which nothing is stored. Its agent may have keys all the same, and others know them,
+    /// where what was stored is lost: generations never go back.
+    fn first(&self) -> u64 {
+        let keys = &self.member.keys;
+        let held = self.member.held.as_ref().and_then(|held| held.last_key_value());
+        let known = held.map(|(generation, _)| *generation);
+        known
+            .filter(|generation| (keys.last + 1..=MAX_GENERATION).contains(generation))
+            .unwrap_or_else(|| keys.next())
     }
 
     fn verify(&self, flight: &Flight, candidate: u64) -> Step {

@@ -10,7 +10,7 @@ use super::{
     readiness::Reports,
     run::{Rotation, jitter},
     spec::{RotationSpec, Stragglers},
-    status::{Counts, Outcome, Planned, Progress, RotationPhase},
+    status::{Counts, Outcome, Planned, Progress, Reported, RotationPhase, Standing},
 };
 
 /// The rotations of one leadership term.
@@ -92,7 +92,9 @@ impl Machine {
             blocked_since: None,
             dirty: true,
         });
+        rotation.created = created;
         rotation.spec = spec;
+        rotation.dirty = true;
         if let Some(progress) = progress {
             rotation.progress = progress;
         }
@@ -275,12 +277,26 @@ impl Machine {
         }
     }
 
+    fn note(&mut self, node: &NodeName, reason: &'static str, message: String) {
+        self.out.push(Output::Note {
+            node: node.clone(),
+            reason,
+            message,
+        });
+    }
+
     /// A node has arrived, perhaps long after the rotation that began it.
     fn finish(&mut self, node: &NodeName) {
-        self.flights.remove(node);
+        let from = self.flights.remove(node).map(|flight| flight.from);
         let Some(active) = self.members.get(node).map(|member| member.keys.active) else {
             return;
         };
+        if let Some(from) = from.filter(|from| (1..active).contains(from)) {
+            let message = format!(
+                "node {node} has a new key: generation {active}; that of generation {from} is destroyed"
+            );
+            self.note(node, "KeyRotated", message);
+        }
         for rotation in self.rotations.values_mut() {
             if let Some(planned) = rotation.progress.plan.get_mut(node) {
                 rotation.dirty = true;
@@ -306,11 +322,7 @@ impl Machine {
             Outcome::Aborted => ("KeyRotationAborted", format!("node {node} keeps its key")),
             Outcome::Gone => return,
         };
-        self.out.push(Output::Note {
-            node: node.clone(),
-            reason,
-            message,
-        });
+        self.note(node, reason, message);
         let running = |r: &&mut Rotation| r.progress.phase == RotationPhase::Running;
         for rotation in self.rotations.values_mut().filter(running) {
             if let Some(planned) = rotation.progress.plan.get_mut(node) {
@@ -428,26 +440,58 @@ impl Machine {
     }
 
     fn statuses(&mut self) {
-        for (name, rotation) in &mut self.rotations {
-            if !std::mem::take(&mut rotation.dirty) {
+        let dirty = |(name, rotation): (&String, &mut Rotation)| {
+            std::mem::take(&mut rotation.dirty).then(|| name.clone())
+        };
+        let changed: Vec<_> = self.rotations.iter_mut().filter_map(dirty).collect();
+        for name in changed {
+            let Some(standing) = self.standing(&name) else {
                 continue;
-            }
-            let mut counts = Counts::default();
-            for (node, planned) in &rotation.progress.plan {
-                counts.add(phase_of(node, planned, &self.members, &self.flights));
-            }
+            };
             self.out.push(Output::Status {
-                rotation: name.clone(),
-                progress: rotation.progress.clone(),
-                counts,
+                rotation: name,
+                progress: standing.progress.clone(),
+                counts: standing.counts,
             });
         }
+    }
+
+    /// How far a rotation is.
+    pub fn standing(&self, name: &str) -> Option<Standing<'_>> {
+        let progress = &self.rotations.get(name)?.progress;
+        let mut counts = Counts::default();
+        let mut nodes = Vec::with_capacity(progress.plan.len());
+        for (node, planned) in &progress.plan {
+            let phase = phase_of(node, planned, &self.members, &self.flights);
+            counts.add(phase);
+            let waiting_for = self
+                .flights
+                .get(node)
+                .and_then(|flight| flight.waiting_for.as_ref());
+            nodes.push((node, phase, waiting_for.filter(|_| phase != Phase::Failed)));
+        }
+        Some(Standing {
+            progress,
+            counts,
+            nodes,
+        })
+    }
+
+    /// What an agent has said since it connected: the keys that it holds, and its paths to a peer.
+    pub fn reported(&self, node: &NodeName) -> Option<Reported<'_>> {
+        let member = self.members.get(node).filter(|member| member.connected)?;
+        Some(Reported { member })
     }
 
     /// The phase of a node that is on its way.
     pub fn phase(&self, node: &NodeName) -> Option<Phase> {
         let flight = self.flights.get(node)?;
         Some(flight.phase(&self.members.get(node)?.keys))
+    }
+
+    /// The peer that a node on its way waits for.
+    pub fn waiting_for(&self, node: &NodeName) -> Option<&NodeName> {
+        self.flights.get(node)?.waiting_for.as_ref()
     }
 
     /// Nodes on their way, with the peer that each waits for.

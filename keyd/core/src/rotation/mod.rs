@@ -104,5 +104,5 @@ pub use flight::Phase;
 pub use machine::Machine;
 pub use schedule::due;
 pub use spec::{Concurrency, Pace, RotationSpec, Selection, Stragglers};
-pub use status::{Counts, Outcome, Planned, Progress, RotationPhase};
+pub use status::{Counts, Outcome, Planned, Progress, Reported, RotationPhase, Standing};
 pub use warren_model::keys::{KEY_SLOTS, NodeKeys, PairReport, PathState, half, slot_of, slots_of};

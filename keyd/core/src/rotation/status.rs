@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::{NodeName, NodeUid};
+use warren_model::{NodeName, NodeUid, PublicKey, keys::PathState};
 
-use super::Phase;
+use super::{Phase, flight::Member};
 
 /// Where a rotation stands.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,5 +107,34 @@ impl Counts {
             Phase::Failed => &mut self.failed,
             Phase::Gone => &mut self.gone,
         } += 1;
+    }
+}
+
+/// How far a rotation is, as the machine sees it now.
+#[derive(Debug)]
+pub struct Standing<'a> {
+    /// What is durable of it.
+    pub progress: &'a Progress,
+    /// Nodes by phase.
+    pub counts: Counts,
+    /// The nodes of the plan with the phase of each, and the node that it waits for.
+    pub nodes: Vec<(&'a NodeName, Phase, Option<&'a NodeName>)>,
+}
+
+/// What an agent has said since it connected.
+#[derive(Debug)]
+pub struct Reported<'a> {
+    pub(super) member: &'a Member,
+}
+
+impl<'a> Reported<'a> {
+    /// The keys that it holds; `None` where it has not said.
+    pub fn held(&self) -> Option<&'a BTreeMap<u64, PublicKey>> {
+        self.member.held.as_ref()
+    }
+
+    /// Its paths to this incarnation of a peer; `None` where it has not said.
+    pub fn paths(&self, peer: &NodeName, uid: &NodeUid) -> Option<&'a [PathState]> {
+        self.member.reports.of(peer, uid)
     }
 }

@@ -10,7 +10,7 @@ struct Lab {
 impl Lab {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let folder = Folder::open(dir.path().to_owned(), "test").unwrap();
+        let folder = Folder::open(dir.path().to_owned(), dir.path().join("requests"), "test").unwrap();
         Self { dir, folder }
     }
 
@@ -44,6 +44,8 @@ fn short(event: &SourceEvent) -> String {
         }
         SourceEvent::CidrGroupDelete(name) => format!("-group {name}"),
         SourceEvent::ApiServers(addresses) => format!("api servers {addresses:?}"),
+        SourceEvent::RotationUpsert(rotation) => format!("+rotation {}", rotation.name),
+        SourceEvent::RotationDelete(name) => format!("-rotation {name}"),
         SourceEvent::Synced => "synced".into(),
     }
 }

@@ -111,7 +111,7 @@ fn play(index: &mut Index, step: &Step, told: &mut Vec<SourceEvent>) -> Vec<Outp
         Step::Disconnect(s) => index.agent(AgentEvent::Disconnected(session(s))),
         Step::Key { session: s, key } => index.agent(AgentEvent::KeyProved {
             session: session(s),
-            slot: super::slot(*key),
+            slots: super::slots(1, *key),
         }),
         Step::Add {
             session: s,
