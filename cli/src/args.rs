@@ -4,9 +4,9 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand, ValueEnum, error::ErrorKind};
 
-use crate::{endpoint::EndpointCommand, identity::IdentityCommand, policy::PolicyCommand};
+use crate::{endpoint::EndpointCommand, identity::IdentityCommand, keys::KeysCommand, policy::PolicyCommand};
 
-/// Shows how the encrypted mesh of a Kubernetes cluster is doing.
+/// Shows how the encrypted mesh of a Kubernetes cluster is doing, and changes its keys.
 ///
 /// Every command exits with 0 when all is well, 1 when something is wrong, and 2 when the command line is.
 #[derive(Debug, Parser)]
@@ -23,6 +23,8 @@ Examples:
   warren encrypt status             is all traffic between nodes encrypted?
   warren status --wait              wait until everything is up, at most five minutes
   warren status -o json             the same for a program
+  warren keys rotate --all --wait   new keys for all nodes, without losing a packet
+  warren keys audit                 do both ends of every pair hold the same keys?
   warren policy get                 which policies are there, and are they valid?
   warren policy trace --from demo/web --to demo/db --port 5432
                                     why does this connection pass, or not?
@@ -57,6 +59,9 @@ pub(crate) enum Command {
     /// Encryption between the nodes.
     #[command(subcommand)]
     Encrypt(EncryptCommand),
+    /// WireGuard keys: list, rotate, revoke, audit.
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// Network policies.
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -94,7 +99,7 @@ pub(crate) enum EncryptCommand {
     /// Is all traffic between nodes encrypted?
     ///
     /// For every pair of nodes both ends must have the other's current key and a fresh handshake (within 180 s).
-    /// Shows what is exempt from encryption and what was dropped, and why.
+    /// Shows what is exempt from encryption, what was dropped, and why, and how far a rotation of keys is.
     #[command(
         after_help = "Examples:\n  warren encrypt status\n  warren encrypt status -o json | jq .problems"
     )]
@@ -145,7 +150,7 @@ impl From<ShellName> for clap_complete::Shell {
     }
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(split);
     let factor = match unit {

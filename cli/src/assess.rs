@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
-use warren_keyd_api::status::{AgentReport, ClusterStatus, NodeStatus, PeerReport};
+use warren_keyd_api::status::{AgentReport, ClusterStatus, NodeStatus, PeerReport, Slot};
+
+use crate::keys::Rotation;
 
 /// The judgement.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -27,6 +29,8 @@ pub(crate) struct Assessment {
     pub(crate) exemptions: BTreeMap<String, usize>,
     /// Packets dropped on all nodes, by reason.
     pub(crate) drops: BTreeMap<String, u64>,
+    /// Rotations of keys that are under way.
+    pub(crate) rotations: Vec<Rotation>,
 }
 
 /// A node in the judgement.
@@ -38,7 +42,7 @@ pub(crate) struct Node {
     pub(crate) connected: bool,
     /// `kernel`, `userspace` or empty.
     pub(crate) datapath: String,
-    /// The current key: the one of the highest generation; empty without one.
+    /// The key that is sent with; empty without one.
     pub(crate) public_key: String,
     /// Generation of that key.
     pub(crate) generation: u64,
@@ -64,8 +68,8 @@ pub(crate) struct Pair {
     pub(crate) problems: Vec<String>,
 }
 
-/// Judges `status` at the time `now` in Unix milliseconds.
-pub(crate) fn assess(status: &ClusterStatus, now: i64) -> Assessment {
+/// Judges `status` at the time `now` in Unix milliseconds. `rotations`: those that are under way.
+pub(crate) fn assess(status: &ClusterStatus, rotations: Vec<Rotation>, now: i64) -> Assessment {
     let mut problems = cluster_problems(status);
     let mut broken: BTreeSet<&str> = BTreeSet::new();
     for node in &status.nodes {
@@ -114,6 +118,7 @@ pub(crate) fn assess(status: &ClusterStatus, now: i64) -> Assessment {
         problems,
         exemptions,
         drops,
+        rotations,
     }
 }
 
@@ -163,30 +168,48 @@ fn node_problems(node: &NodeStatus, status: &ClusterStatus, now: i64) -> Vec<Str
         problems.push("its agent reports that encryption is not in effect".into());
     }
     problems.extend(report.problems.iter().cloned());
-    problems.extend(key_problems(node, report));
-    problems.extend(strangers(report, status));
+    if !outdated(node) {
+        problems.extend(key_problems(node, report));
+        problems.extend(strangers(report, status));
+    }
     problems
 }
 
-/// The node's devices must have the keys that the directory publishes.
+/// The agent has applied a newer directory than its report is about: reports come every few seconds, keys change at once.
+fn outdated(node: &NodeStatus) -> bool {
+    let report = node.agent.as_ref().map(|report| (report.epoch, report.version));
+    report.is_some_and(|report| report < (node.applied_epoch, node.applied_version))
+}
+
+/// The node's devices must have the keys that the directory publishes. A key has two slots, and a slot that no pair
+/// needs has no device: what counts is that the key is there, and that no slot has another one.
 fn key_problems(node: &NodeStatus, report: &AgentReport) -> Vec<String> {
-    let mismatch = |published: &warren_keyd_api::status::Slot| {
-        let device = report.slots.iter().find(|slot| slot.slot == published.slot);
-        match device {
-            Some(device) if device.public_key == published.public_key => None,
-            Some(device) => Some(format!(
+    let other = |published: &Slot| {
+        let device = report.slots.iter().find(|slot| slot.slot == published.slot)?;
+        (device.public_key != published.public_key).then(|| {
+            format!(
                 "slot {} has the key {} but the directory says {}",
                 published.slot,
                 short(&device.public_key),
                 short(&published.public_key)
-            )),
-            None => Some(format!(
-                "slot {} is published but not on the node",
-                published.slot
-            )),
-        }
+            )
+        })
     };
-    node.slots.iter().filter_map(mismatch).collect()
+    let mut problems: Vec<String> = node.slots.iter().filter_map(other).collect();
+    let on_node = |key: &Slot| report.slots.iter().any(|slot| slot.public_key == key.public_key);
+    if let Some(key) = active(node).filter(|key| !on_node(key) && problems.is_empty()) {
+        problems.push(format!(
+            "key generation {} is published but on no device of the node",
+            key.generation
+        ));
+    }
+    problems
+}
+
+/// The key that is sent with. A `keyd` that does not say which one it is publishes one alone.
+fn active(node: &NodeStatus) -> Option<&Slot> {
+    let named = node.slots.iter().find(|slot| slot.generation == node.active);
+    named.or_else(|| node.slots.iter().max_by_key(|slot| slot.generation))
 }
 
 /// Peers on a device that the directory does not know.
@@ -230,7 +253,9 @@ fn pair(a: &NodeStatus, b: &NodeStatus, now: i64) -> Pair {
             .filter(|y| x.public_key == y.own_public_key && x.own_public_key == y.public_key)
             .map(move |y| (x, y))
     });
-    let current = agreed.filter(|(x, _)| publishes(a, &x.own_public_key) && publishes(b, &x.public_key));
+    let current = agreed.filter(|(x, _)| {
+        outdated(a) || outdated(b) || (publishes(a, &x.own_public_key) && publishes(b, &x.public_key))
+    });
     let best = current.max_by_key(|(x, y)| {
         (
             x.ready && y.ready,
@@ -283,7 +308,7 @@ fn disagreement(a: &NodeStatus, b: &NodeStatus, from_a: &AgentReport, from_b: &A
 fn summary(node: &NodeStatus, pairs: &[Pair], broken: bool) -> Node {
     let mine = || pairs.iter().filter(|pair| pair.nodes.contains(&node.name));
     let (peers, encrypted_peers) = (mine().count(), mine().filter(|pair| pair.encrypted).count());
-    let key = node.slots.iter().max_by_key(|slot| slot.generation);
+    let key = active(node);
     Node {
         name: node.name.clone(),
         encrypted: !broken

@@ -1,7 +1,5 @@
 //! Every way in which a cluster can be wrong has its sentence.
 
-use warren_keyd_api::status::Slot;
-
 use super::*;
 
 const NOW: i64 = 1_800_000_000_000;
@@ -64,7 +62,7 @@ fn cluster() -> ClusterStatus {
 fn problems(change: impl FnOnce(&mut ClusterStatus)) -> Vec<String> {
     let mut status = cluster();
     change(&mut status);
-    let assessment = assess(&status, NOW);
+    let assessment = assess(&status, Vec::new(), NOW);
     assert_eq!(assessment.healthy, assessment.problems.is_empty());
     assessment.problems
 }
@@ -77,7 +75,7 @@ fn report(status: &mut ClusterStatus, index: usize) -> &mut AgentReport {
 fn all_is_well() {
     let mut status = cluster();
     report(&mut status, 2).peers[0].last_handshake_unix_ms = NOW - 100_000;
-    let found = assess(&status, NOW);
+    let found = assess(&status, Vec::new(), NOW);
     assert!(found.healthy, "{:?}", found.problems);
     assert_eq!(
         (found.encrypted_nodes, found.nodes.len(), found.pairs.len()),
@@ -103,7 +101,7 @@ fn a_single_node_needs_no_pair() {
         nodes: vec![node("a", &[])],
         ..cluster()
     };
-    let found = assess(&status, NOW);
+    let found = assess(&status, Vec::new(), NOW);
     assert!(
         found.healthy && found.encrypted_nodes == 1,
         "{:?}",
@@ -194,7 +192,58 @@ fn keys_that_differ() {
         ]
     );
     let found = problems(|status| report(status, 0).slots.clear());
-    assert_eq!(found, ["node a: slot 0 is published but not on the node"]);
+    assert_eq!(
+        found,
+        ["node a: key generation 1 is published but on no device of the node"]
+    );
+}
+
+#[test]
+fn a_second_slot_that_no_pair_needs_is_no_problem() {
+    let found = problems(|status| {
+        let slot = Slot {
+            slot: 1,
+            ..status.nodes[0].slots[0].clone()
+        };
+        status.nodes[0].slots.push(slot);
+    });
+    assert_eq!(found, Vec::<String>::new());
+}
+
+#[test]
+fn a_report_of_before_the_keys_changed_accuses_nobody() {
+    let change = |applied: u64| {
+        problems(|status| {
+            status.nodes[0].slots[0].public_key = "new-key-of-a".into();
+            for index in 0..3 {
+                (report(status, index).epoch, report(status, index).version) = (1, 1);
+                (
+                    status.nodes[index].applied_epoch,
+                    status.nodes[index].applied_version,
+                ) = (1, applied);
+            }
+        })
+    };
+    assert_eq!(change(2), Vec::<String>::new());
+    assert_eq!(change(1).len(), 5);
+}
+
+#[test]
+fn the_key_that_counts_is_the_active_one() {
+    let mut status = cluster();
+    status.nodes[0].active = 1;
+    status.nodes[0].slots.push(Slot {
+        slot: 2,
+        generation: 2,
+        public_key: "new-key-of-a".into(),
+        ..Slot::default()
+    });
+    let found = assess(&status, Vec::new(), NOW);
+    assert_eq!(
+        (found.nodes[0].generation, found.nodes[0].public_key.as_str()),
+        (1, "key-of-a")
+    );
+    assert!(found.healthy, "{:?}", found.problems);
 }
 
 #[test]
@@ -213,7 +262,7 @@ fn an_old_handshake() {
         last_handshake_unix_ms: 0,
         ..peer("b", "a", 400)
     };
-    let found = assess(&status, NOW);
+    let found = assess(&status, Vec::new(), NOW);
     assert_eq!(
         found.problems,
         [

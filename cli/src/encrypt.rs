@@ -3,14 +3,21 @@
 use crate::{
     args::{Format, OutputOptions, Target},
     assess::{Assessment, assess, short, span},
-    output,
+    keys, output,
     source::{self, Source},
 };
 
 /// Prints the judgement; `false` where something is wrong.
 pub(crate) async fn run(target: &Target, options: &OutputOptions) -> anyhow::Result<bool> {
-    let status = Source::open(target).await?.cluster_status().await?;
-    let assessment = assess(&status, source::now());
+    let source = Source::open(target).await?;
+    let status = source.cluster_status().await?;
+    // Only the leader knows; that there is none is a problem of the cluster's already.
+    let rotations = if status.leader {
+        keys::under_way(&mut source.keyd().await?).await?
+    } else {
+        Vec::new()
+    };
+    let assessment = assess(&status, rotations, source::now());
     match options.output {
         Format::Json => output::json(&assessment)?,
         Format::Text => output::print(&text(&assessment))?,
@@ -43,6 +50,9 @@ fn text(assessment: &Assessment) -> String {
             None => "a pair has none".into(),
         },
     );
+    for rotation in &assessment.rotations {
+        text += &format!("Key rotation:      {} {}\n", rotation.name, keys::bar(rotation));
+    }
     if total > 0 {
         let rows = assessment.nodes.iter().map(|node| {
             vec![

@@ -12,24 +12,26 @@ use warren_keyd_api::{
     convert::Record,
     proto::{
         AskAgentRequest, DirectoryRequest, EntryKind, PoliciesRequest, PolicyStatus, StatusRequest,
-        admin_client::AdminClient,
+        admin_client::AdminClient, keys_client::KeysClient,
     },
 };
 use warren_model::{IdentityId, Labels, NodeName, NodeRecord, WorkloadRecord, policy::NodeFacts};
 
 use crate::args::Target;
 
-/// A connection to the admin service.
+/// A connection to the local socket's services.
 pub(crate) struct Keyd {
     client: AdminClient<Channel>,
+    keys: KeysClient<Channel>,
     /// What carries the connection.
     _process: Option<AttachedProcess>,
 }
 
 impl Keyd {
-    pub(crate) fn new(client: AdminClient<Channel>) -> Self {
+    pub(crate) fn new(channel: Channel) -> Self {
         Self {
-            client,
+            client: AdminClient::new(channel.clone()),
+            keys: KeysClient::new(channel),
             _process: None,
         }
     }
@@ -39,11 +41,18 @@ impl Keyd {
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let client = admin::over(streams).await.context("keyd cannot be reached")?;
+        let channel = admin::channel_over(streams)
+            .await
+            .context("keyd cannot be reached")?;
         Ok(Self {
-            client,
             _process: Some(process),
+            ..Self::new(channel)
         })
+    }
+
+    /// The service of keys and their rotation.
+    pub(crate) fn keys(&mut self) -> &mut KeysClient<Channel> {
+        &mut self.keys
     }
 
     /// Whether it is the leader: only that one knows everything.
@@ -104,7 +113,7 @@ impl Keyd {
 }
 
 /// What keyd said instead of an answer.
-fn said(status: Status) -> anyhow::Error {
+pub(crate) fn said(status: Status) -> anyhow::Error {
     anyhow!("keyd: {}", status.message())
 }
 

@@ -1,6 +1,6 @@
 //! `warren`, also as `kubectl warren`: shows an operator how the mesh is, and fails where it is not as it should be.
 //!
-//! It asks `keyd` and the Kubernetes API and changes nothing.
+//! It asks `keyd` and the Kubernetes API; only `keys rotate`, `keys abort` and `keys revoke` change anything.
 
 mod args;
 mod assess;
@@ -9,6 +9,7 @@ mod encrypt;
 mod endpoint;
 mod identity;
 mod keyd;
+mod keys;
 mod kubernetes;
 mod output;
 mod policy;
@@ -33,6 +34,7 @@ async fn main() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Encrypt(EncryptCommand::Status(options)) => encrypt::run(&cli.target, options).await,
+        Command::Keys(command) => keys::run(&cli.target, command).await,
         Command::Policy(command) => policy::run(&cli.target, command).await,
         Command::Identity(command) => identity::run(&cli.target, command).await,
         Command::Endpoint(command) => endpoint::run(&cli.target, command).await,

@@ -52,7 +52,7 @@ impl Source {
     /// A connection to `keyd`'s admin service; in Kubernetes to the leader's.
     pub(crate) async fn keyd(&self) -> anyhow::Result<Keyd> {
         match self {
-            Self::Socket(path) => Ok(Keyd::new(admin::connect(path).await?)),
+            Self::Socket(path) => Ok(Keyd::new(admin::channel(path).await?)),
             Self::Kubernetes(cluster) => cluster.keyd().await,
         }
     }
