@@ -332,8 +332,11 @@ impl Hub {
         self.agents.get(node).and_then(|agent| agent.session)
     }
 
-    fn status_of(&self, node: &NodeName) -> Option<&AgentStatus> {
-        self.agents.get(node).and_then(|agent| agent.status.as_ref())
+    /// The agent's status, unless it has applied a newer directory since.
+    fn status_of_applied(&self, node: &NodeName) -> Option<&AgentStatus> {
+        let agent = self.agents.get(node)?;
+        let status = agent.status.as_ref()?;
+        ((status.epoch, status.version) >= agent.applied).then_some(status)
     }
 
     fn policies(&self) -> Vec<PolicyStatus> {

@@ -13,7 +13,8 @@ struct End<'a> {
     keys: &'a NodeKeys,
     /// What it says of its paths to the other one.
     paths: Option<&'a [PathState]>,
-    /// What its devices have, as it reports in its status.
+    /// What its devices have, as it reports in its status; none where that is older than the directory that the
+    /// agent has applied meanwhile: statuses come every few seconds only.
     status: Option<&'a AgentStatus>,
 }
 
@@ -53,7 +54,7 @@ impl Hub {
             name,
             keys,
             paths: said.and_then(|said| said.paths(peer, &peer_keys.uid)),
-            status: self.status_of(name),
+            status: self.status_of_applied(name),
         }
     }
 }
