@@ -2,9 +2,12 @@
 
 use anyhow::Result;
 
-use crate::lab::{Passed, in_cluster};
+use crate::{
+    image::Profile,
+    lab::{Passed, in_cluster},
+};
 
 /// See `warren-cluster conformance --help`.
 pub(crate) fn run(passed: &Passed) -> Result<()> {
-    in_cluster("conformance", passed)
+    in_cluster("conformance", Profile::Dev, passed)
 }

@@ -4,7 +4,8 @@ use anyhow::Result;
 
 use crate::{
     command::{cargo, command, run},
-    image, paths,
+    image::{self, Profile},
+    paths,
     setup::{Group, ensure},
 };
 
@@ -54,16 +55,17 @@ pub(crate) fn cluster(passed: &Passed) -> Result<()> {
         ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
         let kubernetes = ["lab-app", "pause", "coredns", "cyclonus-worker"].map(String::from);
         let plain = passed.arguments.iter().any(|argument| argument == "--no-warren");
-        image::build(if plain { &kubernetes } else { &[] }, false)?;
+        image::build(if plain { &kubernetes } else { &[] }, Profile::Dev)?;
     }
     run(cargo().args(["build", "--quiet", "--workspace"]))?;
     start("warren-cluster", passed)
 }
 
-/// A verb of `warren-cluster` that starts a cluster of its own, with Warren in it.
-pub(crate) fn in_cluster(verb: &str, passed: &Passed) -> Result<()> {
+/// A verb of `warren-cluster` that starts a cluster of its own, with Warren in it, built like this.
+pub(crate) fn in_cluster(verb: &str, profile: Profile, passed: &Passed) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
-    image::build(&[], false)?;
+    image::build(&[], profile)?;
+    run(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
     let arguments = std::iter::once(verb.to_owned()).chain(passed.arguments.iter().cloned());
     start(
         "warren-cluster",

@@ -309,7 +309,7 @@ fn test_files(package: &Path) -> Result<Vec<String>> {
 }
 
 fn kubernetes() -> Result<Count> {
-    image::build(&[], false)?;
+    image::build(&[], image::Profile::Dev)?;
     tests(cargo().args(test_arguments(&[], vec!["kubernetes".to_owned()])))
 }
 

@@ -99,7 +99,7 @@ fn remove_below(name: &str) -> Result<()> {
         if group.is_dir() {
             // The kernel frees the groups of the dead a moment after they are gone.
             wait_for(
-                Duration::from_secs(10),
+                Duration::from_secs(60),
                 &format!("{} can be removed", group.display()),
                 || remove_tree(&group),
             )?;

@@ -117,7 +117,7 @@ impl Node {
             "containerd",
             &["containerd".into(), "-c".into(), file("containerd.toml")],
         )?;
-        wait_until(Duration::from_secs(30), "containerd answers", || {
+        wait_until(Duration::from_secs(120), "containerd answers", || {
             self.place.run(["ctr", "version"])
         })?;
         for image in images {

@@ -174,7 +174,7 @@ pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
                 "wait",
                 "--for=condition=Ready=Unknown",
                 "node/node3",
-                "--timeout=90s",
+                "--timeout=180s",
             ])
             .context("nobody noticed the power cut")
             .map(drop)
@@ -183,9 +183,11 @@ pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
     scene.cluster.wait_pods(PATIENCE)?;
     scene.cluster.wait_encrypted()?;
     // Its pods have new containers, and maybe new addresses.
-    scene.pods[2] = scene.cluster.app_pod("app-node3")?;
-    answers(&scene.pods[0], &scene.pods[2])?;
-    answers(&scene.pods[2], &scene.pods[1])?;
+    wait_until(PATIENCE, "the node's pod answers and is answered", || {
+        scene.pods[2] = scene.cluster.app_pod("app-node3")?;
+        answers(&scene.pods[0], &scene.pods[2])?;
+        answers(&scene.pods[2], &scene.pods[1])
+    })?;
     nothing_in_clear(&capture.finish()?)
 }
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use warren_abi::limits;
 use warren_model::{
     ClusterConfig, IdentityId, NodeKeys, NodeName, NodeRecord, PublicKey, WorkloadRecord, directory::Checked,
 };
@@ -87,6 +88,10 @@ pub(crate) fn desired(inputs: &Inputs<'_>) -> (State, Vec<String>) {
     (state, problems)
 }
 
+/// Addresses of pods on other nodes, of one family. The rest of the map is for nodes and this node's pods: without their
+/// entries there is no mesh.
+const POD_OWNERS: usize = (limits::OWNERS - limits::OWNERS / 4) as usize;
+
 /// Ownership of addresses over all nodes.
 struct Owners<'a> {
     entries: BTreeMap<IpNet, Owner>,
@@ -147,11 +152,21 @@ impl<'a> Owners<'a> {
             }
         }
         owners.lengths = lengths.map(|set| set.into_iter().rev().collect());
+        let (mut room, mut unnamed) = ([POD_OWNERS; 2], 0_usize);
         for workload in directory.workloads.values() {
             match owners.node_of(workload.ip) {
                 Some(node) if *node == workload.node => {
                     let Some(index) = inputs.index(node) else { continue };
                     owners.workloads.insert(workload.ip, workload);
+                    // The pods of this node have their room beside the others'.
+                    if node != inputs.node {
+                        let room = &mut room[usize::from(workload.ip.is_ipv6())];
+                        let Some(rest) = room.checked_sub(1) else {
+                            unnamed += 1;
+                            continue;
+                        };
+                        *room = rest;
+                    }
                     let owner = Owner {
                         node: index,
                         pods: true,
@@ -168,6 +183,12 @@ impl<'a> Owners<'a> {
                     workload.pod, workload.ip
                 )),
             }
+        }
+        if unnamed > 0 {
+            problems.push(format!(
+                "{unnamed} addresses of pods on other nodes have no identity here: there is room for {POD_OWNERS} of each \
+                 family; what they send counts as of an unknown pod"
+            ));
         }
         owners
     }

@@ -544,7 +544,7 @@ fn what_finds_no_room_stays_as_it_was_and_leaves_the_others_alone() {
             }
         };
         let mut shadow = held_before.clone();
-        let outcome = repair(&mut held, &wanted, &keep, |step| {
+        let outcome = repair(&mut held, &wanted, &keep, |_, step| {
             let more = match step {
                 MapWrite::SetVerdict(key, _) => !shadow.verdicts.contains_key(key),
                 MapWrite::SetCidr(key, _) => !shadow.cidrs.contains_key(key),
@@ -569,10 +569,10 @@ fn what_finds_no_room_stays_as_it_was_and_leaves_the_others_alone() {
             }
         }
         // With room again, all of it comes.
-        let outcome = repair(&mut held, &wanted, &keep, |_| Ok::<_, &str>(()));
+        let outcome = repair(&mut held, &wanted, &keep, |_, _| Ok::<_, &str>(()));
         assert!(outcome.is_complete());
         assert_eq!(held, wanted, "seed {seed}");
-        let outcome = repair(&mut held, &wanted, &keep, |_| Ok::<_, &str>(()));
+        let outcome = repair(&mut held, &wanted, &keep, |_, _| Ok::<_, &str>(()));
         assert_eq!(outcome.differences, 0);
     }
     assert!(failures > 50, "{failures}: the map was hardly ever full");
@@ -598,7 +598,7 @@ fn a_new_agent_keeps_what_it_does_not_know_yet_and_clears_up_the_rest() {
     new.apply(events);
     let wanted = new.contents();
     let keep = BTreeSet::from([2]);
-    let outcome = repair(&mut held, &wanted, &keep, |_| Ok::<_, &str>(()));
+    let outcome = repair(&mut held, &wanted, &keep, |_, _| Ok::<_, &str>(()));
     assert!(outcome.is_complete());
     let maps = |maps: &Maps| Node {
         source: source.clone(),
@@ -613,6 +613,6 @@ fn a_new_agent_keeps_what_it_does_not_know_yet_and_clears_up_the_rest() {
         );
     }
     assert!(!held.endpoints.contains_key(&3));
-    repair(&mut held, &wanted, &BTreeSet::new(), |_| Ok::<_, &str>(()));
+    repair(&mut held, &wanted, &BTreeSet::new(), |_, _| Ok::<_, &str>(()));
     assert_eq!(held, wanted);
 }

@@ -17,7 +17,10 @@ use warren_model::{
     policy::{NodeFacts, PolicyRef},
 };
 
-use super::{Shared, ToEnforcer, answer};
+use super::{
+    Shared, ToEnforcer, answer,
+    room::{self, Entries},
+};
 use crate::{keyd::Received, machine, runner::Input};
 
 /// How often the maps are compared with what they should hold, though nothing failed.
@@ -55,6 +58,8 @@ pub(crate) struct Enforcer {
     in_step: bool,
     /// Endpoints that could not be written.
     unwritten: BTreeSet<u16>,
+    /// How many entries the maps hold, at most.
+    entries: Entries,
     /// Flows of these endpoints are to be forgotten before another pod has the index.
     forget: BTreeSet<u16>,
     attempts: u32,
@@ -87,6 +92,7 @@ impl Enforcer {
             endpoints_known: false,
             in_step: true,
             unwritten: BTreeSet::new(),
+            entries: Entries::of(&held),
             forget: BTreeSet::new(),
             attempts: 0,
             retry_at: None,
@@ -254,6 +260,7 @@ impl Enforcer {
         for batch in writes.chunks(BATCH) {
             let mut datapath = shared.programs.lock();
             for step in batch {
+                self.entries.count(step)?;
                 let result = machine::write_policy(&mut datapath, step);
                 self.written(step, result)?;
             }
@@ -342,7 +349,9 @@ impl Enforcer {
         };
         let shared = self.shared.clone();
         let mut raised = false;
-        let outcome = repair(&mut held, &wanted, &keep, |step| {
+        let host = room::of_host(&wanted);
+        let outcome = repair(&mut held, &wanted, &keep, |held, step| {
+            room::check(held, step, &host).map_err(|error| error.to_string())?;
             if *step == MapWrite::Grace && !raised {
                 raised = true;
                 self.raise();
@@ -354,6 +363,7 @@ impl Enforcer {
             self.raise();
         }
         self.settle(&wanted, &held, &outcome.failed, outcome.other);
+        self.entries = Entries::of(&held);
         outcome.differences
     }
 

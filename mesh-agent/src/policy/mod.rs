@@ -9,6 +9,7 @@ mod flows;
 mod names;
 mod print;
 mod report;
+mod room;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -18,6 +18,9 @@ use nix::sched::{CloneFlags, setns};
 /// How long silence has to last to be one.
 const SILENCE: Duration = Duration::from_millis(1500);
 
+/// How long what must come may take.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Sockets get the cgroup that the process has when they are made; only one of the tests' threads makes some at a time.
 static CGROUP: Mutex<()> = Mutex::new(());
 
@@ -111,6 +114,16 @@ pub(crate) fn connect(netns: &str, address: SocketAddr) -> Option<Connection> {
     }
 }
 
+/// Opens a connection that must be possible, if not at once.
+pub(crate) fn open(netns: &str, address: SocketAddr) -> Connection {
+    let mut opened = None;
+    super::eventually("a connection", || {
+        opened = connect(netns, address);
+        opened.is_some()
+    });
+    opened.unwrap()
+}
+
 /// A connection to an [`Echo`].
 pub(crate) struct Connection {
     stream: TcpStream,
@@ -118,6 +131,19 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
+    /// The address of this end.
+    pub(crate) fn local_address(&self) -> SocketAddr {
+        self.stream.local_addr().unwrap()
+    }
+
+    /// Whether something comes back, however slow the machine is.
+    pub(crate) fn lives(&mut self) -> bool {
+        self.stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let lives = self.answers();
+        self.stream.set_read_timeout(Some(SILENCE)).unwrap();
+        lives
+    }
+
     /// Whether something comes back in time.
     pub(crate) fn answers(&mut self) -> bool {
         self.next = self.next.wrapping_add(1);

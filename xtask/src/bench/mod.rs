@@ -6,7 +6,10 @@ mod tunnel;
 use anyhow::Result;
 use clap::Subcommand;
 
-use crate::lab::Passed;
+use crate::{
+    image::Profile,
+    lab::{Passed, in_cluster},
+};
 
 /// What can be measured.
 #[derive(Subcommand)]
@@ -27,6 +30,6 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Tunnel(passed) => tunnel::run(passed),
         Bench::Bpf(passed) => bpf::run(passed),
-        Bench::Policy(passed) => crate::lab::in_cluster("bench-policy", passed),
+        Bench::Policy(passed) => in_cluster("bench-policy", Profile::Fast, passed),
     }
 }

@@ -47,11 +47,39 @@ const IMAGES: &[(&str, &[&str], Make)] = &[
 /// Builds the binaries and the images.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
-    build(&arguments.only, arguments.release)
+    let profile = if arguments.release {
+        Profile::Release
+    } else {
+        Profile::Dev
+    };
+    build(&arguments.only, profile)
+}
+
+/// How the binaries in an image are built.
+#[derive(Clone, Copy)]
+pub(crate) enum Profile {
+    /// As tests are.
+    Dev,
+    /// As `cargo xtask bench` measures.
+    Fast,
+    /// As they are shipped.
+    Release,
+}
+
+impl Profile {
+    /// Its name, and that of its folder below `target`.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Dev => ("dev", "debug"),
+            Self::Fast => ("fast", "fast"),
+            Self::Release => ("release", "release"),
+        }
+    }
 }
 
 /// Builds images, all of them if none is named; what they need must be set up.
-pub(crate) fn build(names: &[String], release: bool) -> Result<()> {
+pub(crate) fn build(names: &[String], profile: Profile) -> Result<()> {
+    let (profile, folder) = profile.names();
     if let Some(wrong) = names
         .iter()
         .find(|name| !IMAGES.iter().any(|(known, ..)| known == name))
@@ -65,13 +93,12 @@ pub(crate) fn build(names: &[String], release: bool) -> Result<()> {
     if images.iter().any(|(_, packages, _)| !packages.is_empty()) {
         // The whole workspace: another selection of packages would build the dependencies with other features.
         let mut build = cargo();
-        build.args(["build", "--workspace"]);
-        build.args(release.then_some("--release"));
+        build.args(["build", "--workspace", "--bins", "--profile", profile]);
         execute(&mut build)?;
     }
     let directory = paths::images();
     fs::create_dir_all(&directory).with_context(|| format!("cannot create {}", directory.display()))?;
-    let ours = paths::target().join(if release { "release" } else { "debug" });
+    let ours = paths::target().join(folder);
     let cache = paths::bin()?;
     for (name, _, make) in images {
         let image = make(&ours, &cache)?;

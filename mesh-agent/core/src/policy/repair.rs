@@ -26,13 +26,15 @@ impl<E> Repaired<E> {
 /// or the new one. A policy with a write that fails stays as it was for its endpoints, and so does everything that rests
 /// on it; all others go on. `held` follows the writes.
 ///
+/// `write` is told what the maps hold before the step.
+///
 /// Entries of endpoints that `wanted` does not know are removed, those of `keep` excepted: endpoints that are there but
 /// whose policy is not known yet. Not to be used before the first whole directory.
 pub fn repair<E: Clone>(
     held: &mut Maps,
     wanted: &Maps,
     keep: &BTreeSet<u16>,
-    mut write: impl FnMut(&MapWrite) -> Result<(), E>,
+    mut write: impl FnMut(&Maps, &MapWrite) -> Result<(), E>,
 ) -> Repaired<E> {
     let bridged = bridge(held, wanted);
     let mut run = Run {
@@ -94,12 +96,12 @@ struct Run<'a, E, W> {
     out: Repaired<E>,
 }
 
-impl<E: Clone, W: FnMut(&MapWrite) -> Result<(), E>> Run<'_, E, W> {
+impl<E: Clone, W: FnMut(&Maps, &MapWrite) -> Result<(), E>> Run<'_, E, W> {
     fn one(&mut self, step: MapWrite) -> Result<(), E> {
         if step != MapWrite::Grace {
             self.out.differences += 1;
         }
-        (self.write)(&step)?;
+        (self.write)(self.held, &step)?;
         self.held.apply(&step);
         Ok(())
     }
