@@ -54,6 +54,8 @@ struct Candidate {
 struct Item {
     flow: Option<Flow>,
     candidate: Option<Candidate>,
+    /// A packet that may be of any flow: a fragment, or one with options.
+    opaque: bool,
     /// Takes nothing more.
     closed: bool,
     push: bool,
@@ -128,6 +130,7 @@ impl Merger {
             self.items[place].closed = true;
         }
         self.items.push(Item {
+            opaque: flow.is_none() && !is_icmp(packet),
             flow,
             closed: candidate.is_none_or(|candidate| candidate.push),
             push: candidate.is_some_and(|candidate| candidate.push),
@@ -139,11 +142,12 @@ impl Merger {
         });
     }
 
-    /// The last write that has packets of the flow.
+    /// The last write that has packets of the flow. Behind a packet that may be of any flow none is looked for.
     fn find(&self, flow: &Flow) -> Option<usize> {
         let places = (0..self.items.len()).rev().take(WINDOW);
         places
             .into_iter()
+            .take_while(|place| !self.items[*place].opaque)
             .find(|place| self.items[*place].flow.as_ref() == Some(flow))
     }
 
@@ -309,6 +313,15 @@ fn classify(packet: &[u8], merging: Merging) -> (Option<Flow>, Option<Candidate>
         _ => None,
     };
     (Some(flow), candidate)
+}
+
+/// Whether no flow of TCP or UDP can be hidden in the packet.
+fn is_icmp(packet: &[u8]) -> bool {
+    match packet.first().map(|byte| byte >> 4) {
+        Some(4) => packet.get(9) == Some(&1),
+        Some(6) => packet.get(6) == Some(&58),
+        _ => false,
+    }
 }
 
 fn tcp(packet: &[u8], transport: usize) -> Option<Candidate> {

@@ -164,6 +164,23 @@ fn what_does_not_follow_stays_alone() {
     }
 }
 
+/// A fragment may be of the flow: what comes behind it is not put in front of it.
+#[test]
+fn nothing_overtakes_a_fragment() {
+    let shape = Shape {
+        udp: true,
+        ..Shape::default()
+    };
+    let mut packets = flow(&shape, &[100; 6]);
+    // "More fragments", and a sound header.
+    packets[2][6] = 0x20;
+    packets[2][10..12].fill(0);
+    let sum = checksum::finish(checksum::add(0, &packets[2][..20]));
+    packets[2][10..12].copy_from_slice(&sum);
+    let counts: Vec<_> = merged(&packets, ALL).iter().map(|write| write.0).collect();
+    assert_eq!(counts, [2, 1, 3]);
+}
+
 #[test]
 fn a_wrong_checksum_is_not_made_right() {
     for udp in [false, true] {
