@@ -336,3 +336,100 @@ fn flood(engine: Engine) -> Result<()> {
     ensure!(figures.lost == 0, "{figures:?}");
     Ok(())
 }
+
+/// An IPv4 datagram from any address (RFC 791, RFC 768 without a checksum).
+fn spoofed(source: [u8; 4], to: [u8; 4], port: u16, content: &[u8]) -> Vec<u8> {
+    let (udp, total) = (8 + content.len() as u16, 28 + content.len() as u16);
+    let mut packet = vec![0x45, 0];
+    packet.extend(total.to_be_bytes());
+    packet.extend([0, 0, 0, 0, 64, 17, 0, 0]);
+    packet.extend(source);
+    packet.extend(to);
+    for field in [port, PORT, udp, 0] {
+        packet.extend(field.to_be_bytes());
+    }
+    packet.extend(content);
+    packet
+}
+
+fn memory_kib(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let number = line
+        .and_then(|line| line.split_whitespace().next())
+        .context("no VmRSS")?;
+    Ok(number.parse()?)
+}
+
+/// Sources that do not exist, each once: nothing of them is remembered, and who is real gets through, in both roles.
+#[test]
+fn a_flood_from_many_sources_is_forgotten() -> Result<()> {
+    let lab = Lab::new([Engine::warren(), Engine::warren(), Engine::warren()])?;
+    lab.mesh(false)?;
+    let [target, friend, attacker] = &lab.nodes[..] else {
+        unreachable!()
+    };
+    // Answers find a way, and end there.
+    target
+        .namespace
+        .ip("route add 198.18.0.0/15 via 192.0.2.3 dev eth0")?;
+    ping(target, friend.inner_v4(), 56)?;
+    ping(target, attacker.inner_v4(), 56)?;
+    let flow = Flow::start(friend, target, target.inner_v4(), 500, 100)?;
+    let key = *public(&target.key).as_bytes();
+    let stop = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&stop);
+    let sent = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&sent);
+    let flood = within(attacker, move || {
+        use nix::sys::socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
+        };
+        let socket = socket(
+            AddressFamily::Inet,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::Raw,
+        )?;
+        let (_, message) = initiation(&x25519::StaticSecret::from([7; 32]), key, 1);
+        let to = SockaddrIn::new(192, 0, 2, 1, 0);
+        let mut n = 0u32;
+        while !ended.load(Ordering::Relaxed) {
+            for _ in 0..100 {
+                let [_, b, c, d] = n.to_be_bytes();
+                let packet = spoofed(
+                    [198, 18 + (b & 1), c, d],
+                    [192, 0, 2, 1],
+                    1024 + n as u16 / 2,
+                    &message,
+                );
+                let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
+                // A full queue is the flood's loss.
+                let _ = sendto(fd, &packet, &to, MsgFlags::empty());
+                n += 1;
+                counted.fetch_add(1, Ordering::Relaxed);
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    });
+    until("the target is under load", || {
+        Ok(target.drops("under-load")? > 2000)
+    })?;
+    let memory = memory_kib(target.pid())?;
+    for node in [friend, target] {
+        let done = [target.handshakes()?, friend.handshakes()?];
+        node.control("rekey warren0")?;
+        until("a new handshake in the flood", || {
+            Ok(target.handshakes()? > done[0] && friend.handshakes()? > done[1])
+        })?;
+    }
+    until("a flood of 20,000", || Ok(sent.load(Ordering::Relaxed) > 20_000))?;
+    let grown = memory_kib(target.pid())?.saturating_sub(memory);
+    stop.store(true, Ordering::Relaxed);
+    support::traffic::join(flood)?;
+    ensure!(grown < 2048, "{grown} KiB more than before");
+    let figures = flow.finish()?;
+    ensure!(figures.lost == 0, "{figures:?}");
+    Ok(())
+}

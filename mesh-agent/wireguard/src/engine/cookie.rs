@@ -27,12 +27,16 @@ const LIFE: Duration = Duration::from_secs(120);
 /// Handshake messages in a second and on a device from which on a cookie is asked for.
 const PER_SECOND: u32 = 200;
 
+/// As [`PER_SECOND`], of answers to initiations of ours. Nobody who has not seen such an initiation knows its index, so a
+/// flood does not get here; many peers that answer at once do.
+const ANSWERS_PER_SECOND: u32 = 2000;
+
 /// Of one source with a cookie, while there are too many: in a second, and at once.
 const SOURCE_PER_SECOND: f64 = 20.0;
 const SOURCE_BURST: f64 = 5.0;
 
 /// Sources that are counted.
-const SOURCES: usize = 8192;
+pub(super) const SOURCES: usize = 8192;
 
 const MAC: usize = 16;
 const NONCE: usize = 24;
@@ -74,10 +78,31 @@ pub(super) struct Gate {
     /// What cookies are made of, and since when.
     secret: Zeroizing<[u8; 32]>,
     secret_since: Option<Instant>,
-    /// Messages in the running second.
+    initiations: Meter,
+    answers: Meter,
+    sources: HashMap<IpAddr, Bucket>,
+}
+
+/// Messages in the running second.
+#[derive(Default)]
+struct Meter {
     second: Option<Instant>,
     count: u32,
-    sources: HashMap<IpAddr, Bucket>,
+}
+
+impl Meter {
+    /// Counts a message. Whether there were more than `limit`.
+    fn exceeds(&mut self, limit: u32, now: Instant) -> bool {
+        match self.second {
+            Some(second) if now.saturating_duration_since(second) < Duration::from_secs(1) => {}
+            _ => {
+                self.second = Some(now);
+                self.count = 0;
+            }
+        }
+        self.count = self.count.saturating_add(1);
+        self.count > limit
+    }
 }
 
 /// A token bucket.
@@ -93,13 +118,19 @@ impl Gate {
             cookie_key: cookie_key(public),
             secret: Zeroizing::default(),
             secret_since: None,
-            second: None,
-            count: 0,
+            initiations: Meter::default(),
+            answers: Meter::default(),
             sources: HashMap::new(),
         }
     }
 
-    /// Judges a handshake message of the right length.
+    /// Sources that are counted: what a flood can fill.
+    #[cfg(test)]
+    pub(super) fn sources(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// Judges an initiation, or an answer to one of ours, of the right length.
     pub(super) fn judge(
         &mut self,
         from: SocketAddr,
@@ -114,7 +145,11 @@ impl Gate {
         ) {
             return Verdict::Forged;
         }
-        if !self.under_load(now) {
+        let under_load = match message[0] {
+            noise::TYPE_RESPONSE => self.answers.exceeds(ANSWERS_PER_SECOND, now),
+            _ => self.initiations.exceeds(PER_SECOND, now),
+        };
+        if !under_load {
             return Verdict::Accepted;
         }
         let cookie = self.cookie(from, now, random);
@@ -125,18 +160,6 @@ impl Gate {
             true => Verdict::Accepted,
             false => Verdict::TooMany,
         }
-    }
-
-    fn under_load(&mut self, now: Instant) -> bool {
-        match self.second {
-            Some(second) if now.saturating_duration_since(second) < Duration::from_secs(1) => {}
-            _ => {
-                self.second = Some(now);
-                self.count = 0;
-            }
-        }
-        self.count = self.count.saturating_add(1);
-        self.count > PER_SECOND
     }
 
     /// The cookie of an address and port: who has it receives what is sent there.

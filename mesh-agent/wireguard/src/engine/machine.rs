@@ -268,14 +268,13 @@ impl Machine {
             .attempt
             .as_mut()
             .filter(|attempt| attempt.index.value == index);
-        let Some(attempt) = attempt else {
-            return Err(DropReason::HandshakeRefused);
-        };
-        if !self.authenticator.take(message, now) {
+        // The peer may also want one for our answer: it has to begin again, and then gets one with it.
+        let answered = self.next.as_ref().is_some_and(|next| next.index.value == index);
+        if (attempt.is_none() && !answered) || !self.authenticator.take(message, now) {
             return Err(DropReason::HandshakeRefused);
         }
         // Once; then at the usual pace.
-        if !attempt.hurried {
+        if let Some(attempt) = attempt.filter(|attempt| !attempt.hurried) {
             attempt.hurried = true;
             attempt.again_at = now;
         }

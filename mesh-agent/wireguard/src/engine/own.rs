@@ -101,6 +101,16 @@ impl OwnIdentity {
         Machine::new(Arc::clone(&self.0), peer, preshared_key, index)
     }
 
+    #[cfg(test)]
+    pub(super) fn machine_from(
+        &self,
+        peer: &PublicKey,
+        index: u32,
+        from: &mut Reader<'_>,
+    ) -> Result<Machine, Damaged> {
+        Machine::read(&self.0, peer, index, from)
+    }
+
     fn judge(&self, from: SocketAddr, message: &[u8], out: &mut [u8], now: Instant) -> Result<(), Admission> {
         let shared = &*self.0;
         let mut gate = shared.gate();
@@ -137,6 +147,15 @@ impl OwnIdentity {
         }
     }
 
+    /// A cookie answers an initiation, or our answer to one.
+    fn cookie(&self, index: u32) -> Admission {
+        let indices = self.0.indices.read().unwrap_or_else(PoisonError::into_inner);
+        match indices.get(&index) {
+            Some(Entry::Handshake(peer) | Entry::Session(peer, _)) => Admission::Index(*peer),
+            None => Admission::Refused(DropReason::UnknownIndex),
+        }
+    }
+
     fn data(&self, index: u32) -> Admission {
         let indices = self.0.indices.read().unwrap_or_else(PoisonError::into_inner);
         match indices.get(&index) {
@@ -162,11 +181,17 @@ impl Identity for OwnIdentity {
                     (Ok(()), None) => malformed,
                 }
             }
-            (noise::TYPE_RESPONSE, noise::RESPONSE) => match self.judge(from, datagram, out, now) {
-                Ok(()) => self.handshake(noise::index_at(datagram, 8)),
-                Err(admission) => admission,
-            },
-            (TYPE_COOKIE, COOKIE_REPLY) => self.handshake(noise::index_at(datagram, 4)),
+            (noise::TYPE_RESPONSE, noise::RESPONSE) => {
+                // First: an answer to nothing must not count.
+                match self.handshake(noise::index_at(datagram, 8)) {
+                    Admission::Index(peer) => match self.judge(from, datagram, out, now) {
+                        Ok(()) => Admission::Index(peer),
+                        Err(admission) => admission,
+                    },
+                    refused => refused,
+                }
+            }
+            (TYPE_COOKIE, COOKIE_REPLY) => self.cookie(noise::index_at(datagram, 4)),
             _ => malformed,
         }
     }
@@ -346,5 +371,52 @@ mod tests {
         assert!(!shared.is_later(&[1; 32], first));
         assert!(shared.is_later(&[2; 32], first));
         assert!(shared.is_later(&[1; 32], last));
+    }
+
+    /// An initiation with sound authenticators, but of nobody we know.
+    fn initiation(sender: &mut super::super::cookie::Authenticator, n: u32, now: Instant) -> [u8; 148] {
+        let mut message = [0; noise::INITIATION];
+        message[0] = noise::TYPE_INITIATION;
+        message[4..8].copy_from_slice(&n.to_le_bytes());
+        message[8..40].fill(9);
+        sender.sign(&mut message, now);
+        message
+    }
+
+    /// Handshakes of many sources leave nothing behind, also when the sources are real and bring cookies.
+    #[test]
+    fn a_flood_of_handshakes_takes_no_memory() {
+        let now = Instant::now();
+        let random: Random = Box::new(|out| out.fill(1));
+        let private = PrivateKey::from_bytes([1; 32]);
+        let identity = OwnIdentity::with(&private, (now, UNIX_EPOCH), random);
+        let mut sender = super::super::cookie::Authenticator::new(identity.0.keys.public.as_bytes());
+        let (mut cookies, mut with_cookie, mut out) = (0, 0, [0; 256]);
+        let sources = 2 * super::super::cookie::SOURCES as u32;
+        for n in 0..sources {
+            let from: SocketAddr = (std::net::Ipv4Addr::from(0xc612_0000 + n), 9).into();
+            let message = initiation(&mut sender, n, now);
+            match identity.admit(from, &message, &mut out, now) {
+                Admission::Cookie(len) => {
+                    cookies += 1;
+                    assert!(sender.take(out[..len].try_into().unwrap(), now));
+                    // This one is looked at: it costs one Diffie-Hellman operation.
+                    let again = initiation(&mut sender, n, now);
+                    let admitted = identity.admit(from, &again, &mut out, now);
+                    with_cookie += u32::from(matches!(
+                        admitted,
+                        Admission::Refused(DropReason::HandshakeRefused)
+                    ));
+                    sender = super::super::cookie::Authenticator::new(identity.0.keys.public.as_bytes());
+                }
+                Admission::Refused(DropReason::HandshakeRefused) => {}
+                _ => panic!("an initiation of nobody was admitted"),
+            }
+        }
+        assert_eq!(cookies, sources - 200);
+        assert_eq!(with_cookie as usize, super::super::cookie::SOURCES);
+        assert_eq!(identity.0.gate().sources(), super::super::cookie::SOURCES);
+        assert!(identity.0.indices.read().unwrap().is_empty());
+        assert!(identity.0.stamps().received.is_empty());
     }
 }
