@@ -1,5 +1,7 @@
 //! `cargo xtask fuzz`: random input against an independent judge.
 
+mod engine;
+
 use anyhow::Result;
 use clap::Subcommand;
 
@@ -11,11 +13,15 @@ pub(crate) enum Fuzz {
     /// Random policies and packets: the eBPF programs, as the kernel has loaded them, against the oracle.
     /// `--pairs N`, `--seed S`, `--json FILE` (pairs, mismatches, seed).
     Policy(Passed),
+    /// The tunnel engine: messages and sessions, handover images, cutting and putting together, the configuration socket,
+    /// the cipher.
+    Engine(engine::Arguments),
 }
 
 /// See `warren-fuzz --help`.
 pub(crate) fn run(fuzz: &Fuzz) -> Result<()> {
     match fuzz {
         Fuzz::Policy(passed) => stand_alone("warren-fuzz", &passed.behind("policy")),
+        Fuzz::Engine(arguments) => engine::run(arguments),
     }
 }

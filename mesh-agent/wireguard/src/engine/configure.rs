@@ -29,7 +29,10 @@ use crate::{
 
 /// Everything about the device, for `get=1`.
 pub(super) fn view(device: &Device) -> DeviceView {
-    let state = device.read();
+    view_state(&device.read())
+}
+
+pub(super) fn view_state(state: &State) -> DeviceView {
     let mut prefixes: HashMap<u32, Vec<IpNet>> = HashMap::new();
     for (prefix, owner) in state.owners.iter() {
         prefixes.entry(owner.index).or_default().push(prefix);
@@ -65,25 +68,11 @@ pub(super) fn set(device: &Arc<Device>, request: SetRequest) -> io::Result<()> {
         .as_ref()
         .map(|sockets| Readers::start(device, sockets))
         .transpose()?;
-    let mut woken = Vec::new();
+    let woken;
     let replaced = {
         let mut state = device.write();
         let replaced = sockets.map(|sockets| state.sockets.replace(sockets));
-        if let Some(fwmark) = request.fwmark {
-            state.fwmark = fwmark;
-        }
-        if let Some(private_key) = request.private_key {
-            let all = set_key(&mut state, private_key, device.implementation);
-            woken.extend(all.into_iter().map(|peer| (peer, false)));
-        }
-        if request.replace_peers {
-            for key in state.peers.keys().copied().collect::<Vec<_>>() {
-                remove(&mut state, &key);
-            }
-        }
-        for change in request.peers {
-            woken.extend(set_peer(&mut state, change));
-        }
+        woken = apply(&mut state, request, device.implementation);
         replaced
     };
     if let Some(started) = started {
@@ -93,6 +82,31 @@ pub(super) fn set(device: &Arc<Device>, request: SetRequest) -> io::Result<()> {
     }
     wake(device, woken);
     Ok(())
+}
+
+/// Changes everything but sockets. The peers it concerns, and whether their handshakes should begin anew.
+pub(super) fn apply(
+    state: &mut State,
+    request: SetRequest,
+    implementation: Implementation,
+) -> Vec<(Arc<Peer>, bool)> {
+    let mut woken = Vec::new();
+    if let Some(fwmark) = request.fwmark {
+        state.fwmark = fwmark;
+    }
+    if let Some(private_key) = request.private_key {
+        let all = set_key(state, private_key, implementation);
+        woken.extend(all.into_iter().map(|peer| (peer, false)));
+    }
+    if request.replace_peers {
+        for key in state.peers.keys().copied().collect::<Vec<_>>() {
+            remove(state, &key);
+        }
+    }
+    for change in request.peers {
+        woken.extend(set_peer(state, change));
+    }
+    woken
 }
 
 /// Opens what the request needs: a port that was asked for, or any port for a device that gets its first key.

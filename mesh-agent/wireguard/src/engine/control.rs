@@ -202,7 +202,7 @@ fn finish(mut text: Zeroizing<String>, errno: i32) -> Zeroizing<String> {
 }
 
 /// The lines of one request, up to its empty line; `None` at the end of the stream.
-fn read_request(reader: &mut impl BufRead) -> io::Result<Option<Zeroizing<String>>> {
+pub(super) fn read_request(reader: &mut impl BufRead) -> io::Result<Option<Zeroizing<String>>> {
     let mut text = Zeroizing::new(String::new());
     let mut limited = reader.take(REQUEST_LIMIT);
     loop {

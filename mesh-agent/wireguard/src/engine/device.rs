@@ -18,7 +18,7 @@ use crate::Offloads;
 use super::{
     Implementation,
     drops::{Counters, DropReason},
-    lanes::{LANES, Lanes},
+    lanes::{Kind, Lanes},
     peer::{self, Path, Peer},
     readers::Readers,
     table::Table,
@@ -164,10 +164,13 @@ impl Device {
     /// What the kernel and the CPU do for the device.
     pub(super) fn offloads(&self) -> Offloads {
         let sockets = self.read().sockets.clone();
-        let lanes = self.implementation == Implementation::Warren && Lanes::available();
+        let lanes = match self.implementation {
+            Implementation::Warren => Lanes::available().map_or(1, Kind::width),
+            Implementation::Boringtun => 1,
+        };
         Offloads {
             engine: self.implementation.to_string(),
-            cipher_lanes: if lanes { LANES as u32 } else { 1 },
+            cipher_lanes: lanes as u32,
             tun: self.tun.offloads(),
             sockets: sockets.iter().flat_map(|sockets| sockets.offloads()).collect(),
         }

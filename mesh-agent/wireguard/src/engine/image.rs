@@ -144,6 +144,12 @@ impl<'a> Reader<'a> {
         Self { rest: bytes, now }
     }
 
+    /// How much is left.
+    #[cfg(test)]
+    pub(super) fn left(&self) -> usize {
+        self.rest.len()
+    }
+
     /// That nothing is left.
     pub(super) fn end(&self) -> Result<(), Damaged> {
         self.rest.is_empty().then_some(()).ok_or(Damaged)

@@ -1,4 +1,5 @@
-//! ChaCha20-Poly1305 (RFC 8439) of up to 16 messages of one size at once, one message in each lane of AVX-512 registers.
+//! ChaCha20-Poly1305 (RFC 8439) of up to 16 messages of one size at once, one message in each lane of AVX-512 registers; or
+//! of 8 with AVX2 (`avx2`).
 //!
 //! A stream of a tunnel is many messages of the same size under one key, which differ in their counters only. Doing all
 //! of them at once keeps the vector unit busy in both halves: ChaCha20's state is one register per word, with a message
@@ -25,19 +26,56 @@ use zeroize::{Zeroize as _, Zeroizing};
 
 use super::transport::{DATA_HEADER, OVERHEAD, TAG};
 
-/// Messages that are done at once.
+/// Messages that are done at once, at most.
 pub(super) const LANES: usize = 16;
-
-/// With fewer the usual way is faster.
-pub(super) const WORTHWHILE: usize = 7;
 
 const SIGMA: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
 
 const MASK44: u64 = (1 << 44) - 1;
 const MASK42: u64 = (1 << 42) - 1;
 
-/// A key.
-pub(super) struct Lanes(Zeroizing<[u32; 8]>);
+/// A key, and how it is used.
+pub(super) struct Lanes {
+    key: Zeroizing<[u32; 8]>,
+    kind: Kind,
+}
+
+/// What the CPU has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// AVX-512 (F, BW, IFMA): 16 messages at once.
+    Avx512,
+    /// 8 messages at once.
+    Avx2,
+}
+
+impl Kind {
+    /// The better one first.
+    pub(super) const ALL: [Self; 2] = [Self::Avx512, Self::Avx2];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+        }
+    }
+
+    /// Whether this CPU has it.
+    pub(super) fn is_there(self) -> bool {
+        match self {
+            Self::Avx512 => has_features(),
+            Self::Avx2 => avx2::has_features(),
+        }
+    }
+
+    /// Messages that are done at once.
+    pub(super) fn width(self) -> usize {
+        match self {
+            Self::Avx512 => LANES,
+            Self::Avx2 => avx2::WIDTH,
+        }
+    }
+}
 
 /// Messages in one buffer: where the first content begins, how far they are apart, how many bytes each content has.
 #[derive(Clone, Copy)]
@@ -51,52 +89,101 @@ struct Batch {
 impl Lanes {
     /// `None` where the CPU cannot, or where it did not agree with the other implementation.
     pub(super) fn new(key: &[u8; 32]) -> Option<Self> {
-        Self::available().then(|| Self::with(key))
+        Self::available().map(|kind| Self::with(key, kind))
     }
 
-    fn with(key: &[u8; 32]) -> Self {
+    /// The CPU must have what `kind` needs.
+    pub(super) fn with(key: &[u8; 32], kind: Kind) -> Self {
+        assert!(kind.is_there(), "this CPU has no {}", kind.name());
         let mut words = Zeroizing::new([0; 8]);
         for (word, bytes) in words.iter_mut().zip(key.chunks_exact(4)) {
             *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
-        Self(words)
+        Self { key: words, kind }
     }
 
-    /// Whether this CPU has what it takes; found out, and tested, once.
-    pub(super) fn available() -> bool {
-        static AVAILABLE: OnceLock<bool> = OnceLock::new();
-        *AVAILABLE.get_or_init(|| has_features() && self_test::passes())
+    /// What this CPU has; found out, and tested, once.
+    pub(super) fn available() -> Option<Kind> {
+        static AVAILABLE: OnceLock<Option<Kind>> = OnceLock::new();
+        *AVAILABLE.get_or_init(|| {
+            let mut kinds = Kind::ALL.into_iter();
+            kinds.find(|kind| kind.is_there() && self_test::passes(*kind))
+        })
+    }
+
+    /// Messages that are done at once.
+    pub(super) fn width(&self) -> usize {
+        self.kind.width()
+    }
+
+    /// With fewer the usual way is faster.
+    pub(super) fn worthwhile(&self) -> usize {
+        match self.kind {
+            Kind::Avx512 => 7,
+            Kind::Avx2 => 6,
+        }
     }
 
     /// Seals the contents of up to 16 messages of `segment` bytes in place, and writes their tags. Headers are the caller's.
     pub(super) fn seal(&self, messages: &mut [u8], segment: usize, counters: &[u64; LANES]) {
-        let batch = batch(messages, segment);
-        // SAFETY: `Self` exists only where the features do; the batch lies within `messages`.
-        let tags = unsafe { seal(&self.0, batch, counters) };
-        for (message, tag) in messages.chunks_exact_mut(segment).zip(tags) {
-            message[segment - TAG..].copy_from_slice(&tag);
+        let width = self.width();
+        for (messages, counters) in messages.chunks_mut(width * segment).zip(counters.chunks(width)) {
+            let tags = self.tags(messages, segment, counters, true);
+            for (message, tag) in messages.chunks_exact_mut(segment).zip(tags) {
+                message[segment - TAG..].copy_from_slice(&tag);
+            }
         }
+    }
+
+    /// Encrypts or decrypts as many messages as are done at once, and computes their tags.
+    fn tags(
+        &self,
+        messages: &mut [u8],
+        segment: usize,
+        counters: &[u64],
+        sealing: bool,
+    ) -> [[u8; TAG]; LANES] {
+        let batch = batch(messages, segment, self.width());
+        let mut tags = [[0; TAG]; LANES];
+        // SAFETY: `Self` exists only where the features do; the batch lies within `messages`.
+        unsafe {
+            match (self.kind, counters.first_chunk(), counters.first_chunk()) {
+                (Kind::Avx512, Some(counters), _) if sealing => tags = seal(&self.key, batch, counters),
+                (Kind::Avx512, Some(counters), _) => tags = open(&self.key, batch, counters),
+                (Kind::Avx2, _, Some(counters)) => {
+                    let made = match sealing {
+                        true => avx2::seal(&self.key, batch, counters),
+                        false => avx2::open(&self.key, batch, counters),
+                    };
+                    tags[..avx2::WIDTH].copy_from_slice(&made);
+                }
+                _ => debug_assert!(false, "too few counters"),
+            }
+        }
+        tags
     }
 
     /// Opens the contents of up to 16 messages of `segment` bytes in place. Which are authentic; the content of others is
     /// left without meaning.
     pub(super) fn open(&self, messages: &mut [u8], segment: usize, counters: &[u64; LANES]) -> [bool; LANES] {
-        let batch = batch(messages, segment);
-        // SAFETY: as above.
-        let tags = unsafe { open(&self.0, batch, counters) };
+        let width = self.width();
         let mut authentic = [false; LANES];
-        for ((message, tag), authentic) in messages.chunks_exact(segment).zip(tags).zip(&mut authentic) {
-            *authentic =
-                aws_lc_rs::constant_time::verify_slices_are_equal(&message[segment - TAG..], &tag).is_ok();
+        let batches = messages.chunks_mut(width * segment).zip(counters.chunks(width));
+        for ((messages, counters), authentic) in batches.zip(authentic.chunks_mut(width)) {
+            let tags = self.tags(messages, segment, counters, false);
+            for ((message, tag), authentic) in messages.chunks_exact(segment).zip(tags).zip(authentic) {
+                let sent = &message[segment - TAG..];
+                *authentic = aws_lc_rs::constant_time::verify_slices_are_equal(sent, &tag).is_ok();
+            }
         }
         authentic
     }
 }
 
-fn batch(messages: &mut [u8], segment: usize) -> Batch {
+fn batch(messages: &mut [u8], segment: usize, width: usize) -> Batch {
     assert!(segment >= OVERHEAD && messages.len().is_multiple_of(segment));
     let count = messages.len() / segment;
-    assert!((1..=LANES).contains(&count), "{count} messages");
+    assert!((1..=width).contains(&count), "{count} messages");
     Batch {
         // Of the first message, which has this many bytes.
         base: messages[DATA_HEADER..].as_mut_ptr(),
@@ -472,6 +559,9 @@ fn finish(h: [u64; 3], pad: [u64; 2]) -> [u8; TAG] {
     let pad = u128::from(pad[0]) | u128::from(pad[1]) << 64;
     number.wrapping_add(pad).to_le_bytes()
 }
+
+#[path = "lanes_avx2.rs"]
+mod avx2;
 
 #[path = "lanes_self_test.rs"]
 mod self_test;

@@ -3,9 +3,9 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// The tests of this file mean nothing on a CPU without AVX-512; elsewhere the engine does without the module.
-fn usable() -> bool {
-    has_features()
+/// What this CPU has: the tests mean nothing for the rest, which the engine does without there.
+fn kinds() -> impl Iterator<Item = Kind> {
+    Kind::ALL.into_iter().filter(|kind| kind.is_there())
 }
 
 /// Each message by itself, by the other implementation.
@@ -41,8 +41,8 @@ proptest! {
         key in any::<[u8; 32]>(), size in 0usize..1600, count in 1usize..=LANES, seed in any::<u64>(),
         first in any::<u64>(), damage in prop::option::of(any::<usize>()),
     ) {
-        prop_assume!(usable());
-        let lanes = Lanes::with(&key);
+        for kind in kinds() {
+        let lanes = Lanes::with(&key, kind);
         let segment = size + OVERHEAD;
         let counters: [u64; LANES] = std::array::from_fn(|lane| first.wrapping_add(lane as u64 * (seed % 3 + 1)));
         let plain: Vec<u8> = (0..segment * count).map(|at| content(seed, at)).collect();
@@ -65,22 +65,23 @@ proptest! {
                 prop_assert_eq!(&sealed[content.clone()], &plain[content]);
             }
         }
+        }
     }
 }
 
 #[test]
 fn long_messages() {
-    if !usable() {
-        return;
-    }
     let (key, segment) = ([7; 32], 65_000 / 16 * 16 + 5);
     let counters = std::array::from_fn(|lane| lane as u64);
     for seed in 0..4 {
         let plain: Vec<u8> = (0..segment * 3).map(|at| content(seed, at)).collect();
-        let (mut expected, mut sealed) = (plain.clone(), plain);
+        let mut expected = plain.clone();
         reference(&key, &mut expected, segment, &counters);
-        Lanes::with(&key).seal(&mut sealed, segment, &counters);
-        assert!(sealed == expected, "seed {seed}");
+        for kind in kinds() {
+            let mut sealed = plain.clone();
+            Lanes::with(&key, kind).seal(&mut sealed, segment, &counters);
+            assert!(sealed == expected, "{kind:?}, seed {seed}");
+        }
     }
 }
 
@@ -107,5 +108,17 @@ fn the_last_reduction_at_its_edges() {
 
 #[test]
 fn this_cpu_passes_its_test() {
-    assert_eq!(Lanes::available(), usable());
+    assert_eq!(Lanes::available(), kinds().next());
+    assert!(kinds().all(self_test::passes));
+}
+
+/// Which is faster is for `cargo xtask bench tunnel` to say; here they only have to agree that they sealed something.
+#[test]
+fn every_cipher_can_be_measured() {
+    for size in [64, 256, 576, 1000, 1420] {
+        let measured = crate::engine::sealing_alone(size, std::time::Duration::from_millis(20));
+        println!("{size} {measured:?}");
+        assert_eq!(measured.len(), 1 + kinds().count());
+        assert!(measured.iter().all(|(_, count, _)| *count > 0));
+    }
 }

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 use super::{
     drops::DropReason,
     image::{Damaged, Reader, Writer},
-    lanes::{LANES, Lanes, WORTHWHILE},
+    lanes::{Kind, LANES, Lanes},
     transport::{DATA_HEADER, OVERHEAD, TAG},
     window::Window,
 };
@@ -132,9 +132,10 @@ impl Sealing {
     /// Seals messages of `segment` bytes (the last may be shorter), one after the other. Whether all were sealed.
     pub(super) fn seal(&self, messages: &mut [u8], segment: usize) -> bool {
         let mut counter = self.first;
-        for group in groups(messages, segment, self.sending.lanes.is_some()) {
-            let sealed = match (&self.sending.lanes, group.len() / segment) {
-                (Some(lanes), count @ WORTHWHILE..) => {
+        for group in groups(messages, segment, self.sending.lanes.as_ref()) {
+            let count = group.len() / segment;
+            let sealed = match &self.sending.lanes {
+                Some(lanes) if count >= lanes.worthwhile() => {
                     let counters = std::array::from_fn(|lane| counter + lane as u64);
                     for (message, counter) in group.chunks_exact_mut(segment).zip(counters) {
                         message[..DATA_HEADER].copy_from_slice(&self.sending.header(counter));
@@ -157,12 +158,38 @@ impl Sealing {
     }
 }
 
+/// Seals messages of `bytes` bytes in memory for about that long: by the usual cipher, then by each that does many at once
+/// on this CPU. Its name, how many, and how long it took.
+pub(super) fn sealing_alone(bytes: usize, time: Duration) -> Vec<(&'static str, u64, Duration)> {
+    let kinds = Kind::ALL.into_iter().filter(|kind| kind.is_there());
+    let ciphers = std::iter::once(None).chain(kinds.map(Some));
+    let measured = ciphers.filter_map(|kind| {
+        let (segment, key) = (bytes + OVERHEAD, [7; 32]);
+        let mut sending = Sending::new(&key, 0).ok()?;
+        sending.lanes = kind.map(|kind| Lanes::with(&key, kind));
+        let (sending, mut messages) = (Arc::new(sending), vec![0; segment * 2 * LANES]);
+        let (start, mut count) = (Instant::now(), 0);
+        while start.elapsed() < time && Sealing::new(Arc::clone(&sending), count).seal(&mut messages, segment)
+        {
+            count += 2 * LANES as u64;
+        }
+        Some((kind.map_or("usual", Kind::name), count, start.elapsed()))
+    });
+    measured.collect()
+}
+
 /// Messages in groups that are done at once: as many as there are lanes, all of full size; or one.
-fn groups(messages: &mut [u8], segment: usize, lanes: bool) -> impl Iterator<Item = &mut [u8]> {
+fn groups<'a>(
+    messages: &'a mut [u8],
+    segment: usize,
+    lanes: Option<&Lanes>,
+) -> impl Iterator<Item = &'a mut [u8]> {
     let mut rest = messages;
+    // Nothing fits into no lanes.
+    let (width, worthwhile) = lanes.map_or((0, 1), |lanes| (lanes.width(), lanes.worthwhile()));
     std::iter::from_fn(move || {
-        let whole = (rest.len() / segment).min(LANES);
-        let len = match lanes && segment >= OVERHEAD && whole >= WORTHWHILE {
+        let whole = (rest.len() / segment).min(width);
+        let len = match segment >= OVERHEAD && whole >= worthwhile {
             true => whole * segment,
             false => segment.min(rest.len()),
         };
@@ -180,9 +207,9 @@ fn counter_before(messages: &[u8], content: usize) -> u64 {
 }
 
 /// The counters of messages that can be opened at once: enough, with sound headers. Others get their reasons one by one.
-fn counters(group: &[u8], segment: usize) -> Option<[u64; LANES]> {
+fn counters(group: &[u8], segment: usize, worthwhile: usize) -> Option<[u64; LANES]> {
     let count = group.len() / segment;
-    if segment < OVERHEAD || count < WORTHWHILE {
+    if segment < OVERHEAD || count < worthwhile {
         return None;
     }
     let mut counters = [0; LANES];
@@ -260,8 +287,9 @@ impl Receiving {
             return outcome;
         }
         let mut start = 0;
-        for group in groups(messages, segment, self.lanes.is_some()) {
-            match (&self.lanes, counters(group, segment)) {
+        let worthwhile = self.lanes.as_ref().map_or(usize::MAX, Lanes::worthwhile);
+        for group in groups(messages, segment, self.lanes.as_ref()) {
+            match (&self.lanes, counters(group, segment, worthwhile)) {
                 (Some(lanes), Some(counters)) => {
                     let authentic = lanes.open(group, segment, &counters);
                     let count = group.len() / segment;
