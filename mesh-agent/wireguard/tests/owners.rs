@@ -37,16 +37,21 @@ fn spoof(from: &Node, source: &str, to: &Node) -> Result<u64> {
 /// Node 1 hears node 2, which owns 10.0.0.0/8, and node 3, which owns 10.3.0.0/16.
 #[test]
 fn only_the_most_specific_owner_may_send_from_an_address() -> Result<()> {
-    most_specific(Engine::warren())
+    most_specific(Engine::warren(), Engine::warren())
 }
 
 #[test]
 fn only_the_most_specific_owner_may_send_from_an_address_with_boringtun() -> Result<()> {
-    most_specific(Engine::warren_boringtun())
+    most_specific(Engine::warren_boringtun(), Engine::warren_boringtun())
 }
 
-fn most_specific(engine: Engine) -> Result<()> {
-    let lab = Lab::new([engine.clone(), engine.clone(), engine])?;
+#[test]
+fn only_the_most_specific_owner_may_send_from_an_address_with_wireguard_go() -> Result<()> {
+    most_specific(Engine::warren(), Engine::WireguardGo)
+}
+
+fn most_specific(engine: Engine, senders: Engine) -> Result<()> {
+    let lab = Lab::new([engine, senders.clone(), senders])?;
     lab.mesh(false)?;
     let [receiver, wide, narrow] = &lab.nodes[..] else {
         unreachable!()

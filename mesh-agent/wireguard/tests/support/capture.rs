@@ -31,6 +31,10 @@ pub struct Seen {
     pub packets: u64,
     /// Packets with an address that is used inside the tunnel only.
     pub clear: u64,
+    /// Datagrams to the tunnel's port.
+    pub tunnel: u64,
+    /// Content of the largest of them that node 1 sent over IPv4, bytes.
+    pub largest: usize,
 }
 
 impl Capture {
@@ -98,5 +102,15 @@ fn note(seen: &mut Seen, frame: &[u8]) {
         _ => return,
     };
     seen.packets += 1;
+    // Without options: UDP begins at 34, its destination port at 36, its length at 38.
+    if inner(12, &[0x08, 0x00]) && inner(23, &[17]) && inner(36, &super::PORT.to_be_bytes()) {
+        let len = frame
+            .get(38..40)
+            .map_or(0, |len| u16::from_be_bytes([len[0], len[1]]));
+        seen.tunnel += 1;
+        if inner(26, &[192, 0, 2, 1]) {
+            seen.largest = seen.largest.max(usize::from(len).saturating_sub(8));
+        }
+    }
     seen.clear += u64::from(clear);
 }
