@@ -4,15 +4,20 @@
 //! round measures each of them in turn, so that what the machine does besides is spread over all. Figures are medians
 //! over the rounds; a ratio is the median of the ratios within the rounds. Both ends and the load run on this machine.
 
+mod cipher;
+mod flood;
+mod latency;
+mod life;
 mod load;
 mod pair;
+mod peers;
 mod report;
 #[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::{
-    path::PathBuf,
-    process::ExitCode,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -46,6 +51,9 @@ struct Arguments {
     /// Which of this project's engines is "ours".
     #[arg(long, default_value_t)]
     engine: Implementation,
+    /// Record a profile of our engine during one TCP stream with `perf`, here, and nothing else.
+    #[arg(long, value_name = "FILE")]
+    profile: Option<PathBuf>,
     /// Where the figures go, as JSON.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -86,8 +94,22 @@ enum Test {
     Udp64,
     /// Datagrams of 1,300 bytes a second without loss.
     Udp1300,
+    /// Datagrams of the Internet's sizes a second without loss.
+    UdpImix,
     /// Round trips while one TCP stream flows.
     Ping,
+    /// Requests and answers over TCP and UDP, idle and beside a stream.
+    Latency,
+    /// Memory of idle peers.
+    IdlePeers,
+    /// From the start of the process to the first packet.
+    Start,
+    /// 500 peers that shake hands at once.
+    Handshakes,
+    /// Throughput and handshakes in a flood of handshakes.
+    Flood,
+    /// Our engine only: an upgrade and a kill under 10,000 packets a second.
+    Replace,
 }
 
 fn main() -> ExitCode {
@@ -137,7 +159,11 @@ fn bench(arguments: &Arguments) -> Result<()> {
             Other::OursBoringtun => Pair::new("ours-boringtun", &ours(Implementation::Boringtun)?)?,
         });
     }
-    let mut report = Report::new(arguments.rounds, pairs.iter().map(|pair| pair.name).collect());
+    if let Some(path) = &arguments.profile {
+        return profile(&pairs[0], path, arguments.seconds);
+    }
+    let names = pairs.iter().map(|pair| pair.name).collect();
+    let mut report = Report::new(arguments.rounds, names, cipher::bound());
     for round in 0..arguments.rounds {
         for test in Test::value_variants() {
             if !arguments.only.is_empty() && !arguments.only.contains(test) {
@@ -165,6 +191,32 @@ fn bench(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// `perf record` of both engines while a stream flows; by the CPU's clock, which every machine has.
+fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
+    let mut perf = Command::new("perf")
+        .args([
+            "record",
+            "-e",
+            "cpu-clock",
+            "-F",
+            "999",
+            "-g",
+            "-p",
+            &pair.processes(),
+            "-o",
+        ])
+        .arg(path)
+        .args(["--", "sleep", &seconds.to_string()])
+        .spawn()
+        .context("perf cannot be started; install it")?;
+    let streamed = pair.tcp("tcp_one", seconds + 1, &[], true);
+    let recorded = perf.wait()?;
+    streamed?;
+    ensure!(recorded.success(), "perf failed: {recorded}");
+    println!("perf report -i {}", path.display());
+    Ok(())
+}
+
 fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
     match test {
         Test::TcpOne => pair.tcp("tcp_one", seconds, &[], true),
@@ -177,9 +229,17 @@ fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
             pair.set_offloads(true)?;
             measured
         }
-        Test::Udp64 => load::lossfree(pair, "udp_64_lossfree", 64),
-        Test::Udp1300 => load::lossfree(pair, "udp_1300_lossfree", 1300),
+        Test::Udp64 => load::lossfree(pair, "udp_64_lossfree", &[64]),
+        Test::Udp1300 => load::lossfree(pair, "udp_1300_lossfree", &[1300]),
+        Test::UdpImix => load::lossfree(pair, "udp_imix_lossfree", load::IMIX),
         Test::Ping => pair.ping_under_load(seconds),
+        Test::Latency => latency::measure(pair, seconds),
+        Test::IdlePeers => peers::memory(&pair.engine),
+        Test::Start => life::start(&pair.engine),
+        Test::Handshakes => peers::handshakes(&pair.engine),
+        Test::Flood => flood::measure(pair, seconds),
+        Test::Replace if matches!(pair.engine, Engine::Warren(..)) => life::replace(&pair.engine),
+        Test::Replace => Ok(Vec::new()),
     }
 }
 

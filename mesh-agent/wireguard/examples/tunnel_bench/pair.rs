@@ -19,6 +19,7 @@ const MTU: u32 = 1420;
 
 pub(super) struct Pair {
     pub(super) name: &'static str,
+    pub(super) engine: Engine,
     lab: Lab,
     server: Option<Child>,
 }
@@ -29,6 +30,7 @@ impl Pair {
         let lab = Lab::new([engine.clone(), engine.clone()])?;
         let mut pair = Self {
             name,
+            engine: engine.clone(),
             lab,
             server: None,
         };
@@ -112,7 +114,7 @@ impl Pair {
         Ok(measured)
     }
 
-    fn iperf(&self, seconds: u64, options: &[&str]) -> Result<Value> {
+    pub(super) fn iperf(&self, seconds: u64, options: &[&str]) -> Result<Value> {
         let (seconds, address) = (seconds.to_string(), self.receiver().inner_v4().to_string());
         let mut arguments = vec!["netns", "exec", self.sender().namespace.name(), "iperf3"];
         arguments.extend(["-J", "-c", &address, "-t", &seconds]);
@@ -181,6 +183,12 @@ impl Pair {
             peak = peak.max(kib / 1024.0);
         }
         Ok(Measured::new("peak_rss_mib", "MiB", Better::Less, peak))
+    }
+
+    /// The processes of both engines.
+    pub(super) fn processes(&self) -> String {
+        let pids: Vec<_> = self.lab.nodes.iter().map(|node| node.pid().to_string()).collect();
+        pids.join(",")
     }
 
     /// CPU time of both engines so far.

@@ -33,6 +33,10 @@ impl Measured {
         }
     }
 
+    pub(super) fn value(&self) -> f64 {
+        self.value
+    }
+
     /// With what else kept the machine busy meanwhile, in CPUs.
     pub(super) fn beside(self, foreign: f64) -> Self {
         Self {
@@ -46,17 +50,20 @@ impl Measured {
 pub(super) struct Report {
     rounds: usize,
     names: Vec<&'static str>,
+    /// What the cipher alone could do.
+    cipher: Value,
     /// In the order of the first round.
     order: Vec<&'static str>,
     tests: BTreeMap<&'static str, Vec<Vec<Measured>>>,
 }
 
 impl Report {
-    pub(super) fn new(rounds: usize, names: Vec<&'static str>) -> Self {
+    pub(super) fn new(rounds: usize, names: Vec<&'static str>, cipher: Value) -> Self {
         Self {
             rounds,
             names,
             order: Vec::new(),
+            cipher,
             tests: BTreeMap::new(),
         }
     }
@@ -71,7 +78,7 @@ impl Report {
                 .tests
                 .entry(figure.name)
                 .or_insert_with(|| vec![Vec::new(); count]);
-            debug_assert_eq!(runs[place].len(), round);
+            debug_assert!(runs[place].len() <= round);
             runs[place].push(figure);
         }
     }
@@ -82,7 +89,9 @@ impl Report {
         for (name, runs) in &self.tests {
             let first = &runs[0][0];
             let foreign: Vec<f64> = runs.iter().flatten().filter_map(|run| run.foreign).collect();
+            // Some figures are of our engine alone.
             let peers: serde_json::Map<_, _> = (1..runs.len())
+                .filter(|place| !runs[*place].is_empty())
                 .map(|place| {
                     let (value, ratio) = (middle(&values(&runs[place])), ratios(&runs[0], &runs[place]));
                     let entry = json!({
@@ -105,13 +114,14 @@ impl Report {
             }
             tests.insert((*name).to_owned(), entry);
         }
-        json!({ "rounds": self.rounds, "tests": tests })
+        json!({ "rounds": self.rounds, "cipher_alone": self.cipher, "tests": tests })
     }
 
     /// The same for people.
     pub(super) fn table(&self) -> String {
         let json = self.json();
-        let mut out = format!("{:<22}{:>12}", "test", "ours");
+        let mut out = format!("The ciphers alone, on one CPU, Gb/s: {}\n\n", self.cipher);
+        let _ = write!(out, "{:<26}{:>14}", "test", "ours");
         for name in &self.names[1..] {
             let _ = write!(out, "  {name:>14}  {:>18}", "ratio [min, max]");
         }
@@ -119,9 +129,13 @@ impl Report {
         for name in &self.order {
             let test = &json["tests"][*name];
             let ours = format!("{} {}", test["ours"], test["unit"].as_str().unwrap_or_default());
-            let _ = write!(out, "{name:<22}{ours:>12}");
+            let _ = write!(out, "{name:<26}{ours:>14}");
             for peer in &self.names[1..] {
                 let peer = &test["peers"][*peer];
+                if peer.is_null() {
+                    let _ = write!(out, "  {:>14}  {:>18}", "-", "");
+                    continue;
+                }
                 let ratio = format!("{} [{}, {}]", peer["ratio"], peer["min"], peer["max"]);
                 let _ = write!(out, "  {:>14}  {ratio:>18}", peer["value"].to_string());
             }
