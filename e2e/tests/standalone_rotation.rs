@@ -40,14 +40,17 @@ fn only_key(status: &EncryptStatus) -> Result<u64> {
 
 /// Applies a rotation and waits until the nodes have keys of these generations, and no others.
 fn rotate(lab: &Lab, name: &str, nodes: &[&str], generations: &[u64]) -> Result<()> {
+    let since = std::time::Instant::now();
     lab.manifests().apply(&rotation(name, nodes))?;
-    wait_until(LIMIT, &format!("{name} is done"), || {
+    let result = wait_until(LIMIT, &format!("{name} is done"), || {
         for (node, generation) in lab.nodes().iter().zip(generations) {
             let found = only_key(&node.encrypt_status()?)?;
             ensure!(found == *generation, "{}: key generation {found}", node.name);
         }
         Ok(())
-    })
+    });
+    println!("{name}: {} ms", since.elapsed().as_millis());
+    result
 }
 
 #[test]

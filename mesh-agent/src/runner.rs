@@ -119,6 +119,8 @@ pub(crate) struct Runner {
     dirty: bool,
     /// The tunnel devices alone are to be looked at.
     look: bool,
+    /// Something was changed since everything was read.
+    changed: bool,
     started: Instant,
 }
 
@@ -309,6 +311,7 @@ impl Runner {
             observe_fault: None,
             dirty: true,
             look: false,
+            changed: false,
             started: Instant::now(),
         }
     }
@@ -505,6 +508,9 @@ impl Runner {
 
     /// Looks at the tunnels, for a pair that is about to change. What else there is, is as it was.
     async fn look(&mut self) {
+        if self.changed {
+            return self.reconcile().await;
+        }
         if let Err(error) = self.machine.look(&mut self.observed).await {
             tracing::debug!(error = %format!("{error:#}"), "the tunnels cannot be looked at: looking at everything");
             return self.reconcile().await;
@@ -518,7 +524,8 @@ impl Runner {
         let steps = self.agent.plan(&self.observed, self.now());
         // Policy first: a pod is closed until then, and one with a new identity keeps what both allow.
         self.tell_policy().await;
-        if !steps.is_empty() {
+        self.changed = !steps.is_empty();
+        if self.changed {
             tracing::debug!(steps = steps.len(), "executing a plan");
             self.machine
                 .execute(&mut self.agent, &steps, move || started.elapsed())

@@ -37,7 +37,8 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
         Err(error) => faults.push(format!("the node's state cannot be read: {error:#}")),
     }
     let now = runner.now();
-    if !runner.agent.plan(&runner.observed, now).is_empty() {
+    let due = runner.agent.next_look().is_some_and(|look| look <= now);
+    if !runner.agent.plan(&runner.observed, now).is_empty() || due {
         runner.mark_dirty();
     }
     if encryption {

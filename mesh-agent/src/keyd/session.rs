@@ -11,12 +11,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use warren_agent_core::Endpoint;
 use warren_keyd_api::{
-    MAX_MESSAGE_BYTES, PROTOCOL,
-    convert::{self, Record},
-    proof,
-    proto::{
-        self, EntryKind, agent_message::Body as Say, keyd_client::KeydClient, keyd_message::Body as Hear,
-    },
+    MAX_MESSAGE_BYTES, PROTOCOL, convert, proof,
+    proto::{self, agent_message::Body as Say, keyd_client::KeydClient, keyd_message::Body as Hear},
     snapshot::{Directory, SnapshotError},
     tls,
 };
@@ -207,7 +203,6 @@ impl Client {
                 super::trust::remember_addresses(&self.state, &[address.to_owned()]);
                 tracing::info!(%address, keyd = %welcome.keyd_id, "connected to keyd");
                 self.say_held(session)?;
-                self.offer_known(session)?;
                 let _ = self.events.send(FromKeyd::Connected {
                     address: address.to_owned(),
                 });
@@ -263,28 +258,6 @@ impl Client {
 
     fn say_held(&self, session: &Session) -> Result<(), String> {
         session.say(Say::Held(convert::held_to_proto(self.keys.keyring().held())))
-    }
-
-    /// Offers, unasked, the keys that the directory lists of this node; where it lists none, the first one.
-    fn offer_known(&self, session: &Session) -> Result<(), String> {
-        let ring = self.keys.keyring();
-        let listed = self.directory.as_ref().and_then(|directory| {
-            let is_own = |entry: &proto::Entry| {
-                entry.kind == i32::from(EntryKind::EntryNode) && entry.key == self.config.node.as_str()
-            };
-            match Record::parse(&directory.entries().iter().find(is_own)?) {
-                Ok(Record::Node(node)) => Some(node.keys()),
-                _ => None,
-            }
-        });
-        let listed = |generation: &u64| listed.as_ref().is_some_and(|own| own.lists(*generation));
-        let mut offered: Vec<u64> = ring.held().keys().copied().filter(|g| listed(g)).collect();
-        if offered.is_empty() {
-            offered.extend(ring.held().keys().next().filter(|generation| **generation == 1));
-        }
-        offered
-            .into_iter()
-            .try_for_each(|generation| self.offer(session, generation, ring.held()[&generation]))
     }
 
     fn offer(&self, session: &Session, generation: u64, key: PublicKey) -> Result<(), String> {

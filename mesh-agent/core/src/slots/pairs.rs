@@ -152,7 +152,11 @@ impl Pairs {
         if *before != self.pairs {
             self.changed = now;
         }
-        self.look = look;
+        // Whoever plans often must not put off the next look again and again.
+        self.look = match (self.look.filter(|before| *before > now), look) {
+            (Some(before), Some(look)) => Some(before.min(look)),
+            (_, look) => look,
+        };
     }
 
     /// The bit of the path to move to, once it is ready.
