@@ -4,6 +4,7 @@
 
 mod failures;
 mod hostile;
+mod keys;
 mod policy;
 mod scene;
 mod traffic;
@@ -44,6 +45,7 @@ const SCENARIOS: &[Scenario] = &[
     ("the_same_with_iptables", policy::services_with_iptables),
     ("a_new_pod_is_closed_from_its_first_moment", policy::first_packets),
     ("a_sample_of_cyclonus", policy::cyclonus_sample),
+    ("keys_rotate_under_traffic", keys::rotate),
     ("deleting_an_agent_pod_loses_nothing", failures::agent_pod_deleted),
     ("another_keyd_takes_over", failures::keyd_leader_killed),
     (
