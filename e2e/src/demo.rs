@@ -1,6 +1,8 @@
 //! The demonstration: three nodes, a three-tier application, the proof that its traffic is encrypted, policies that
-//! close it and open exactly what they say, and an agent that is killed while packets flow.
+//! close it and open exactly what they say, an agent that is killed while packets flow, and new keys for all nodes while
+//! packets flow.
 
+mod flows;
 mod policy;
 
 use std::{
@@ -14,14 +16,15 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 
-use self::policy::Zone;
+use self::{
+    flows::{restart_during_flows, rotate_during_flows, sentence},
+    policy::Zone,
+};
 use crate::{
-    app::{ask::Protocol, wire::FlowReport},
-    lab::{KEYD_SOCKET, Lab, LabOptions, Pod, PodSpec, wait::wait_for},
+    app::ask::Protocol,
+    lab::{KEYD_SOCKET, Lab, LabOptions, Pod, PodSpec, wait::wait_until},
 };
 
-/// Seconds of numbered packets around the agent's end.
-const FLOW_SECONDS: u64 = 6;
 /// Numbered packets per second and family.
 const RATE: u32 = 1000;
 /// Bytes of the transfer between two tiers, per family.
@@ -44,6 +47,12 @@ pub struct Figures {
     pub agent_restart_lost_packets: u64,
     /// Numbered packets sent meanwhile, both families.
     pub agent_restart_sent_packets: u64,
+    /// Numbered packets lost while all nodes got new keys, both families.
+    pub rotation_lost_packets: u64,
+    /// Numbered packets sent meanwhile, both families.
+    pub rotation_sent_packets: u64,
+    /// Nodes with a new key afterwards.
+    pub rotation_nodes: u64,
     /// Questions between pods under policy: each must be answered, or must meet silence.
     pub policy_checks: u64,
     /// Of these, not as the policies say.
@@ -81,6 +90,17 @@ impl Figures {
             ),
         );
         require(
+            self.rotation_lost_packets == 0,
+            format!(
+                "{} packets were lost during the rotation of the keys",
+                self.rotation_lost_packets
+            ),
+        );
+        require(
+            self.rotation_sent_packets > 0 && self.rotation_nodes == self.nodes as u64,
+            format!("only {} nodes got new keys", self.rotation_nodes),
+        );
+        require(
             self.policy_checks > 100,
             format!("only {} policy checks were made", self.policy_checks),
         );
@@ -104,7 +124,7 @@ struct Steps {
 }
 
 impl Steps {
-    const TOTAL: u32 = 9;
+    const TOTAL: u32 = 10;
 
     fn new() -> Self {
         Self {
@@ -218,7 +238,7 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
     print_indented(&lab.node(2).run(["mesh-agent", "encrypt", "status"])?);
     println!();
     // A node's report reaches keyd a moment after the fact.
-    crate::lab::wait::wait_until(Duration::from_secs(20), "the cluster's status is good", || {
+    wait_until(Duration::from_secs(20), "the cluster's status is good", || {
         lab.node(1)
             .run(["warren", "encrypt", "status", "--keyd-socket", KEYD_SOCKET])
             .and_then(|text| {
@@ -237,14 +257,22 @@ fn with_encryption(lab: &Lab, steps: &mut Steps, figures: &mut Figures) -> Resul
     ));
     let reports = restart_during_flows(lab, &application, || zone.still(&application, figures))?;
     for (family, report) in ["IPv4", "IPv6"].iter().zip(&reports) {
-        println!(
-            "      {family}: sent {}, received {}, lost {}, duplicated {}, longest gap {} ms",
-            report.sent, report.received, report.lost, report.duplicated, report.longest_gap_ms
-        );
+        println!("      {family}: {}", sentence(report));
         figures.agent_restart_lost_packets += report.lost;
         figures.agent_restart_sent_packets += report.sent;
     }
     steps.done("policy held without the agent; a new one has taken over");
+
+    steps.begin(format!(
+        "New keys for all nodes during {RATE} packets/s in each family: warren keys rotate --all --wait"
+    ));
+    let reports = rotate_during_flows(lab, &application, figures)?;
+    for (family, report) in ["IPv4", "IPv6"].iter().zip(&reports) {
+        println!("      {family}: {}", sentence(report));
+        figures.rotation_lost_packets += report.lost;
+        figures.rotation_sent_packets += report.sent;
+    }
+    steps.done("both ends of every pair agree; the former keys are gone");
 
     steps.begin("The capture's verdict");
     let counts = capture.finish()?;
@@ -300,44 +328,6 @@ fn talk(application: &[Pod]) -> Result<()> {
     Ok(())
 }
 
-fn restart_during_flows(
-    lab: &Lab,
-    application: &[Pod],
-    without_agent: impl FnOnce() -> Result<()>,
-) -> Result<Vec<FlowReport>> {
-    let [frontend, api, ..] = application else {
-        anyhow::bail!("the application has too few tiers")
-    };
-    let start = Instant::now();
-    let mut flows = [false, true]
-        .into_iter()
-        .map(|v6| frontend.flow_port(SocketAddr::new(api.address(v6)?, port("api")), RATE))
-        .collect::<Result<Vec<_>>>()?;
-    let node = lab.node(2);
-    // The flow itself is the clock: a third of it before, the rest during and after the restart.
-    let elapsed = |seconds| move || start.elapsed() > Duration::from_secs(seconds);
-    wait_for(
-        Duration::from_secs(60),
-        "a third of the flow",
-        elapsed(FLOW_SECONDS / 3),
-    )?;
-    node.kill_agent()?;
-    println!("      killed; packets keep flowing");
-    without_agent()?;
-    println!("      the same connections pass and time out as before");
-    wait_for(
-        Duration::from_secs(60),
-        "half of the flow",
-        elapsed(FLOW_SECONDS / 2),
-    )?;
-    node.start_agent()?;
-    node.wait_ready(lab.nodes().len() - 1, Duration::from_secs(60))?;
-    println!("      restarted; it has adopted devices, programs and pods");
-    wait_for(Duration::from_secs(60), "the flow's end", elapsed(FLOW_SECONDS))?;
-    flows.iter_mut().for_each(crate::lab::Flow::stop);
-    flows.into_iter().map(crate::lab::Flow::finish).collect()
-}
-
 /// Two nodes without encryption: how many packets in clear the capture sees.
 fn power_check() -> Result<u64> {
     let options = LabOptions {
@@ -380,6 +370,11 @@ fn summary(figures: &Figures) {
     );
     line("of these lost", &figures.agent_restart_lost_packets);
     line(
+        "packets sent while all nodes got new keys",
+        &figures.rotation_sent_packets,
+    );
+    line("of these lost", &figures.rotation_lost_packets);
+    line(
         "policy checks: answered or silent as they must be",
         &figures.policy_checks,
     );
@@ -419,6 +414,8 @@ mod tests {
             encrypted_packets: 1001,
             power_check_plaintext_packets: 1,
             policy_checks: 101,
+            rotation_sent_packets: 1,
+            rotation_nodes: 3,
             ..Figures::default()
         };
         assert_eq!(good.faults(), Vec::<String>::new());
@@ -441,6 +438,14 @@ mod tests {
             },
             Figures {
                 policy_failures: 1,
+                ..good.clone()
+            },
+            Figures {
+                rotation_lost_packets: 1,
+                ..good.clone()
+            },
+            Figures {
+                rotation_nodes: 2,
                 ..good.clone()
             },
             Figures {

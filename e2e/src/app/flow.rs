@@ -115,7 +115,7 @@ fn send(
     Ok(FlowReport { refused, ..report })
 }
 
-fn ask_for_report(
+pub(super) fn ask_for_report(
     socket: &UdpSocket,
     to: SocketAddr,
     patience: Duration,

@@ -6,6 +6,7 @@ pub mod ask;
 pub mod flood;
 pub mod flow;
 pub mod hammer;
+pub mod load;
 pub mod ping;
 pub mod probe;
 pub mod serve;

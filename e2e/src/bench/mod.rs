@@ -1,6 +1,9 @@
-//! What policy costs: nanoseconds per packet in the programs, goodput and requests through the lab.
+//! What policy costs: nanoseconds per packet in the programs, goodput and requests through the lab. And what rotation and
+//! revocation of keys cost: nothing lost, and little time.
 
 mod programs;
+mod revoke;
+pub mod rotation;
 mod traffic;
 
 use std::{fs, path::PathBuf};
@@ -10,6 +13,8 @@ use serde::Serialize;
 
 pub use self::{
     programs::{Costs, Programs},
+    revoke::{RevokeArgs, revoke},
+    rotation::{RotationArgs, rotation},
     traffic::{RoundsArgs, Traffic, rounds},
 };
 

@@ -1,17 +1,21 @@
-//! `warren-bench`: what policy costs.
+//! `warren-bench`: what policy costs, and how keys rotate and go.
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use warren_e2e::bench::{BpfArgs, RoundsArgs, bpf, rounds};
+use warren_e2e::bench::{BpfArgs, RevokeArgs, RotationArgs, RoundsArgs, bpf, revoke, rotation, rounds};
 
-/// What policy costs.
+/// What policy costs, and how keys rotate and go.
 #[derive(Debug, Parser)]
 #[command(version)]
 enum Verb {
     /// The eBPF programs: nanoseconds per packet, and goodput and requests through the lab.
     Bpf(BpfArgs),
+    /// Keys rotate under traffic: nothing may be lost, and nothing may be left of old keys.
+    Rotation(RotationArgs),
+    /// From a node's revocation to the last agent's removal of its keys.
+    Revoke(RevokeArgs),
     /// The client of a measurement, inside a pod.
     #[command(hide = true)]
     Rounds(RoundsArgs),
@@ -30,6 +34,8 @@ fn main() -> ExitCode {
 fn run(verb: &Verb) -> Result<()> {
     match verb {
         Verb::Bpf(arguments) => bpf(arguments),
+        Verb::Rotation(arguments) => rotation(arguments),
+        Verb::Revoke(arguments) => revoke(arguments),
         Verb::Rounds(arguments) => {
             println!("{}", rounds(arguments)?);
             Ok(())

@@ -11,6 +11,7 @@ use warren_e2e::{
         flood::{FloodArgs, flood},
         flow::{self, FlowArgs},
         hammer::{HammerArgs, hammer},
+        load::{LoadArgs, load},
         ping::{PingArgs, ping},
         probe::{ProbeArgs, probe},
         serve,
@@ -48,6 +49,8 @@ enum Verb {
     Session(SessionArgs),
     /// Datagrams and connections to addresses, whether anybody lives there or not.
     Hammer(HammerArgs),
+    /// Numbered packets and long conversations with many at once.
+    Load(LoadArgs),
     /// Says when each datagram arrived.
     Stamps(StampsArgs),
     /// One datagram from every port.
@@ -126,6 +129,7 @@ fn run(verb: Verb) -> Result<i32> {
         Verb::Probe(args) => print(&probe(&args)?),
         Verb::Session(args) => session(&args).map(|()| 0),
         Verb::Hammer(args) => print(&hammer(&args)?),
+        Verb::Load(args) => print(&load(&args)?),
         Verb::Stamps(args) => stamps(&args).map(|()| 0),
         Verb::Flood(args) => print(&flood(&args)?),
         Verb::Enter(args) => inside::enter(&args),

@@ -15,6 +15,8 @@ pub mod binaries;
 pub mod check;
 pub mod cni;
 mod force;
+mod keys;
+mod load;
 pub mod manifests;
 pub mod net;
 mod node;
@@ -23,6 +25,7 @@ mod pod;
 pub mod policies;
 pub mod process;
 mod running;
+pub mod secrets;
 pub mod seen;
 pub mod service;
 pub mod wait;
@@ -47,6 +50,8 @@ use warren_model::{ClusterConfig, PrefixSource};
 pub use self::{
     check::{Check, Checked, Hammer, Session, all_as_expected, check},
     cni::MainPlugin,
+    keys::QUICKLY,
+    load::Load,
     node::{AGENT_SOCKET, KEYD_SOCKET, Node},
     options::{DATAPATH_VARIABLE, LabOptions},
     pod::{Flow, PORT, Pod, PodSpec, ask_from, ping_from},
@@ -209,6 +214,16 @@ impl Lab {
             .with_context(|| format!("there is no node{n}"))?;
         self.shared.manifests.remove(&manifests::node_file(&node.name))?;
         node.power_off()
+    }
+
+    /// Switches a node off whose Node object is gone already, and wipes its disk: `n` is free again.
+    pub fn forget_node(&self, n: u8) -> Result<()> {
+        let node = self
+            .lock()
+            .remove(&n)
+            .with_context(|| format!("there is no node{n}"))?;
+        node.power_off()?;
+        fs::remove_dir_all(node.dir()).with_context(|| format!("cannot wipe the disk of {}", node.name))
     }
 
     fn boot_new(&self, n: u8) -> Result<Arc<Node>> {

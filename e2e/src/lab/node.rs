@@ -35,6 +35,7 @@ pub struct Node {
     /// `node1`, `node2`, ...
     pub name: String,
     pub(super) chain: Chain,
+    uid: String,
     shared: Arc<Shared>,
     state: Mutex<State>,
 }
@@ -65,6 +66,8 @@ impl Node {
             number,
             name: format!("node{number}"),
             chain: Chain::new(main, &ranges, options.warren),
+            // Another one each time: a node of the same name that comes later is another node.
+            uid: format!("uid-{}-node{number}-{}", shared.id, shared.next_serial()),
             shared,
             state: Mutex::default(),
         };
@@ -93,7 +96,7 @@ impl Node {
 
     /// UID of its Node object.
     pub fn uid(&self) -> String {
-        format!("uid-{}-{}", self.shared.id, self.name)
+        self.uid.clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -218,14 +221,9 @@ impl Node {
 
     /// Starts `keyd` with the lab's manifests and waits until it answers.
     pub fn start_keyd(&self) -> Result<()> {
-        let mut command = vec![
-            "keyd",
-            "run",
-            "--config",
-            "/etc/warren/cluster.yaml",
-            "--source",
-            "manifests",
-        ];
+        let mut command = self.logging().to_vec();
+        command.extend(["keyd", "run", "--config", "/etc/warren/cluster.yaml"]);
+        command.extend(["--source", "manifests"]);
         let manifests = self.shared.manifests.dir().to_string_lossy().into_owned();
         let advertise = format!(
             "{}:{}",
@@ -248,6 +246,14 @@ impl Node {
                 .map(Ok)
         })?
         .map(drop)
+    }
+
+    /// What stands before a program whose log is to be complete.
+    fn logging(&self) -> &'static [&'static str] {
+        match self.shared.options.verbose {
+            true => &["env", "RUST_LOG=trace"],
+            false => &[],
+        }
     }
 
     /// SIGKILL for `keyd`.
@@ -279,7 +285,8 @@ impl Node {
     /// Starts the agent with more arguments.
     pub fn start_agent_with(&self, more: &[&str]) -> Result<()> {
         let keyd = format!("{}:{}", net::node_address(1).v4, self.shared.config.keyd_port);
-        let mut command = vec!["mesh-agent", "run", "--config", "/etc/warren/cluster.yaml"];
+        let mut command = self.logging().to_vec();
+        command.extend(["mesh-agent", "run", "--config", "/etc/warren/cluster.yaml"]);
         command.extend([
             "--node-name",
             &self.name,

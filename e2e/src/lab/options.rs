@@ -22,6 +22,8 @@ pub struct LabOptions {
     pub warren: bool,
     /// The plugin of node 1, 2, ...; repeated when there are more nodes. `podIP` labs always use `ptp`.
     pub plugins: Vec<MainPlugin>,
+    /// `keyd`, the agents and their tunnels log everything that they can.
+    pub verbose: bool,
     /// Changes to the cluster's configuration before it is written.
     pub tune: fn(&mut ClusterConfig),
 }
@@ -35,6 +37,7 @@ impl Default for LabOptions {
             datapath: datapath_from_environment(),
             warren: true,
             plugins: vec![MainPlugin::Ptp, MainPlugin::Bridge],
+            verbose: false,
             tune: |_| {},
         }
     }

@@ -8,7 +8,7 @@ use clap::Subcommand;
 
 use crate::{
     image::Profile,
-    lab::{Passed, in_cluster},
+    lab::{Passed, in_cluster, stand_alone},
 };
 
 /// What can be measured.
@@ -23,6 +23,13 @@ pub(crate) enum Bench {
     /// From a policy's change to the new verdict on the wire, in a Kubernetes cluster with 1,000 policies.
     /// `--json FILE` (p50_ms, p99_ms, ...), `--changes N`, `--policies N`.
     Policy(Passed),
+    /// Keys rotate under traffic, in labs of 3 and 5 nodes: nothing may be lost, and of old keys nothing may be left.
+    /// `--rotations N` (of the cluster, and as many of single nodes), `--json FILE` (rotations, sent, lost, duplicated,
+    /// resets, plaintext_packets, power_check_plaintext_packets, seconds_p50, seconds_p99).
+    Rotation(Passed),
+    /// From a Node's deletion, or `warren keys revoke`, until no agent has its keys any more. `--runs N`,
+    /// `--json FILE` (p99_s).
+    Revoke(Passed),
 }
 
 /// Measures.
@@ -30,6 +37,8 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Tunnel(passed) => tunnel::run(passed),
         Bench::Bpf(passed) => bpf::run(passed),
+        Bench::Rotation(passed) => stand_alone("warren-bench", &passed.behind("rotation")),
+        Bench::Revoke(passed) => stand_alone("warren-bench", &passed.behind("revoke")),
         Bench::Policy(passed) => in_cluster("bench-policy", Profile::Fast, passed),
     }
 }

@@ -1,0 +1,278 @@
+//! Looking for secrets where they must not be: memory of processes, files, devices, text.
+
+use std::{
+    fs::{self, File},
+    io::{Read as _, Write as _},
+    os::unix::{fs::FileExt as _, net::UnixStream},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use warren_model::keys::KEY_SLOTS;
+
+use super::{Node, process::find};
+
+/// A secret of 32 bytes, or a shorter one as it is written.
+#[derive(Clone)]
+pub struct Secret {
+    /// For messages.
+    pub name: String,
+    forms: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Secret({})", self.name)
+    }
+}
+
+fn hex(bytes: &[u8]) -> Vec<u8> {
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits
+        .map(|digit| b"0123456789abcdef"[usize::from(digit)])
+        .collect()
+}
+
+impl Secret {
+    /// A key. Either half is enough to be found: the other may be overwritten in part. The outermost bytes are left out,
+    /// as a private key may be clamped.
+    pub fn key(name: &str, bytes: [u8; 32]) -> Self {
+        let text = STANDARD.encode(bytes).into_bytes();
+        let decimal = |bytes: &[u8]| {
+            let list: Vec<_> = bytes.iter().map(u8::to_string).collect();
+            list.join(", ").into_bytes()
+        };
+        Self {
+            name: name.into(),
+            forms: vec![
+                ("bytes", bytes[1..16].to_vec()),
+                ("bytes", bytes[16..31].to_vec()),
+                ("hex", hex(&bytes[1..16])),
+                ("hex", hex(&bytes[16..31])),
+                ("base64", text[2..22].to_vec()),
+                ("base64", text[20..40].to_vec()),
+                ("a list of numbers", decimal(&bytes[1..16])),
+                ("a list of numbers", decimal(&bytes[16..31])),
+            ],
+        }
+    }
+
+    /// A token: text.
+    pub fn text(name: &str, text: &str) -> Self {
+        Self {
+            name: name.into(),
+            forms: vec![("text", text.as_bytes().to_vec())],
+        }
+    }
+}
+
+/// Finds any of many secrets in one pass.
+#[derive(Debug)]
+pub struct Finder {
+    secrets: Vec<Secret>,
+    /// The first two bytes of some form.
+    begins: Vec<bool>,
+}
+
+impl Finder {
+    /// For these secrets.
+    pub fn new(secrets: impl IntoIterator<Item = Secret>) -> Self {
+        let secrets: Vec<Secret> = secrets.into_iter().collect();
+        let mut begins = vec![false; 1 << 16];
+        for (_, form) in secrets.iter().flat_map(|secret| &secret.forms) {
+            begins[usize::from(u16::from_le_bytes([form[0], form[1]]))] = true;
+        }
+        Self { secrets, begins }
+    }
+
+    /// What is in `bytes`: a line each.
+    pub fn find(&self, bytes: &[u8]) -> Vec<String> {
+        let mut found = Vec::new();
+        for (at, pair) in bytes.windows(2).enumerate() {
+            if !self.begins[usize::from(u16::from_le_bytes([pair[0], pair[1]]))] {
+                continue;
+            }
+            for secret in &self.secrets {
+                let forms = secret
+                    .forms
+                    .iter()
+                    .filter(|(_, form)| bytes[at..].starts_with(form));
+                found.extend(forms.map(|(form, _)| format!("{} as {form} at {at:#x}", secret.name)));
+            }
+        }
+        found
+    }
+
+    /// What is in the memory of a process that can be written: the rest is files.
+    pub fn in_process(&self, pid: u32) -> Result<Vec<String>> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))
+            .with_context(|| format!("process {pid} is gone"))?;
+        let memory = File::open(format!("/proc/{pid}/mem"))?;
+        let mut found = Vec::new();
+        for line in maps.lines() {
+            let mut words = line.split_whitespace();
+            let (Some(range), Some(rights)) = (words.next(), words.next()) else {
+                continue;
+            };
+            let ends = range.split_once('-').and_then(|(start, end)| {
+                Some((
+                    u64::from_str_radix(start, 16).ok()?,
+                    u64::from_str_radix(end, 16).ok()?,
+                ))
+            });
+            let Some((start, end)) = ends.filter(|_| rights.starts_with("rw")) else {
+                continue;
+            };
+            let mut content = vec![0; usize::try_from(end - start)?];
+            // Some ranges (vvar and the like, memory of a device) cannot be read.
+            if memory.read_exact_at(&mut content, start).is_ok() {
+                let here = self.find(&content);
+                found.extend(here.into_iter().map(|what| format!("{what} of {line}")));
+            }
+            // A key that was found there is not to lie about here.
+            content.fill(0);
+        }
+        Ok(found)
+    }
+
+    /// What is in the files of a folder and the folders in it, less those that `skip` names.
+    pub fn in_files(&self, folder: &Path, skip: &dyn Fn(&Path) -> bool) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for path in files(folder)? {
+            if skip(&path) {
+                continue;
+            }
+            // A file may go while we look.
+            let Ok(content) = fs::read(&path) else { continue };
+            let here = self.find(&content);
+            found.extend(
+                here.into_iter()
+                    .map(|what| format!("{what} of {}", path.display())),
+            );
+        }
+        Ok(found)
+    }
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    for entry in entries {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            all.extend(files(&entry.path())?);
+        } else if kind.is_file() {
+            all.push(entry.path());
+        }
+    }
+    Ok(all)
+}
+
+impl Node {
+    /// The private keys on this node's disk, by generation.
+    pub fn private_keys(&self) -> Result<Vec<(u64, Secret)>> {
+        let mut keys = Vec::new();
+        for path in files(&self.key_folder())? {
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+            let generation = name.as_deref().and_then(|name| {
+                let number = name.strip_prefix("gen")?.strip_suffix(".key")?;
+                number.parse::<u64>().ok()
+            });
+            let Some(generation) = generation else { continue };
+            let text = fs::read_to_string(&path)?;
+            let bytes = STANDARD
+                .decode(text.trim())
+                .ok()
+                .and_then(|bytes| bytes.try_into().ok());
+            let bytes = bytes.with_context(|| format!("{} holds no key", path.display()))?;
+            let name = format!("{}'s private key of generation {generation}", self.name);
+            keys.push((generation, Secret::key(&name, bytes)));
+        }
+        keys.sort_by_key(|(generation, _)| *generation);
+        Ok(keys)
+    }
+
+    /// Where the agent keeps its private keys.
+    pub fn key_folder(&self) -> PathBuf {
+        self.dir().join("state/agent/keys")
+    }
+
+    /// The agent and the tunnel, by their ids on the machine.
+    pub fn key_holders(&self) -> Result<Vec<u32>> {
+        let init = self.try_place()?.pid;
+        let mut pids = find(init, &["mesh-agent", "run"])?;
+        ensure!(!pids.is_empty(), "no agent runs on {}", self.name);
+        pids.extend(find(init, &["mesh-agent", "tunnel"])?);
+        Ok(pids)
+    }
+
+    /// Everything that the devices say of themselves, private keys and peers, keys in hexadecimal: from the tunnel's
+    /// configuration sockets, or from the kernel.
+    pub fn device_dump(&self) -> Result<String> {
+        let init = self.try_place()?.pid;
+        let socket = |slot: u8| format!("/proc/{init}/root/run/wireguard/warren{slot}.sock");
+        if !Path::new(&socket(0)).exists() {
+            let dump = self.run(["wg", "show", "all", "dump"])?;
+            let words = dump.split_whitespace().map(|word| match STANDARD.decode(word) {
+                Ok(key) if key.len() == 32 => String::from_utf8_lossy(&hex(&key)).into_owned(),
+                _ => word.to_owned(),
+            });
+            return Ok(words.collect::<Vec<_>>().join("\n"));
+        }
+        let mut dump = String::new();
+        // A slot that no pair has needed yet has no device.
+        for slot in (0..KEY_SLOTS).filter(|slot| Path::new(&socket(*slot)).exists()) {
+            dump += &ask_device(&socket(slot))
+                .with_context(|| format!("{}: warren{slot} does not answer", self.name))?;
+        }
+        Ok(dump)
+    }
+}
+
+/// `get` of the cross-platform configuration protocol.
+fn ask_device(path: &str) -> std::io::Result<String> {
+    let mut socket = UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.write_all(b"get=1\n\n")?;
+    let (mut text, mut chunk) = (Vec::new(), [0; 4096]);
+    while !text.ends_with(b"\n\n") {
+        match socket.read(&mut chunk)? {
+            0 => break,
+            length => text.extend_from_slice(&chunk[..length]),
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_is_found_anywhere_and_nothing_else() {
+        let bytes: [u8; 32] = std::array::from_fn(|at| (at * 37 + 11) as u8);
+        let finder = Finder::new([
+            Secret::key("key", bytes),
+            Secret::text("token", "warren1.node.secret"),
+        ]);
+        let list = format!("{bytes:?}");
+        let texts = [
+            bytes.to_vec(),
+            hex(&bytes),
+            STANDARD.encode(bytes).into_bytes(),
+            list.into_bytes(),
+        ];
+        for text in texts {
+            let around = [b"xy".as_slice(), &text, b"z"].concat();
+            assert_eq!(finder.find(&around).len(), 2, "{text:?}");
+        }
+        assert_eq!(finder.find(b"a warren1.node.secret").len(), 1);
+        let mut other = bytes;
+        (other[8], other[20]) = (0, 0);
+        assert!(finder.find(&other).is_empty());
+        assert!(finder.find(b"").is_empty());
+    }
+}
