@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, Permissions},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -185,14 +185,24 @@ impl Admin for AdminService {
     }
 }
 
-/// A socket file that is removed at the end.
+/// A socket file that is removed at the end, unless another keyd has put its own in its place.
 #[derive(Debug)]
-struct Socket(PathBuf);
+struct Socket {
+    path: PathBuf,
+    inode: (u64, u64),
+}
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        if inode(&self.path).is_ok_and(|now| now == self.inode) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
+}
+
+fn inode(path: &Path) -> std::io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 /// Binds the socket, 0600 from the moment it is visible under its name.
@@ -207,7 +217,11 @@ fn bind(path: &Path) -> anyhow::Result<(UnixListener, Socket)> {
         .with_context(|| format!("cannot listen on {} (--admin-socket)", path.display()))?;
     fs::set_permissions(&private, Permissions::from_mode(0o600))?;
     fs::rename(&private, path).with_context(|| format!("cannot make the socket {}", path.display()))?;
-    Ok((listener, Socket(path.to_owned())))
+    let socket = Socket {
+        path: path.to_owned(),
+        inode: inode(path)?,
+    };
+    Ok((listener, socket))
 }
 
 /// Serves the socket. Besides the file's mode the peer's user is checked: root, or whoever runs keyd.
@@ -218,7 +232,7 @@ pub(crate) fn serve(
 ) -> anyhow::Result<impl Future<Output = ()> + use<>> {
     let (listener, socket) = bind(path)?;
     // The process owns the file it has just made.
-    let own = std::os::unix::fs::MetadataExt::uid(&fs::metadata(path)?);
+    let own = fs::metadata(path)?.uid();
     let incoming = UnixListenerStream::new(listener).filter(move |stream| {
         let allowed = match stream {
             Ok(stream) => may_ask(stream, own),

@@ -4,14 +4,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use tokio::sync::{mpsc, oneshot};
-use warren_keyd_api::{
-    convert::node_to_proto,
-    proto::{
-        AgentStatus, DirectoryChunk, EntryKind, KeydMessage, ListKeysResponse, NodeStatus, PairAudit,
-        PolicyStatus, Question, RotationStatus, StatusResponse, keyd_message::Body,
-    },
+use warren_keyd_api::proto::{
+    AgentStatus, DirectoryChunk, EntryKind, KeydMessage, ListKeysResponse, PairAudit, PolicyStatus, Question,
+    RotationStatus, StatusResponse, keyd_message::Body,
 };
-use warren_keyd_core::{AgentEvent, Core, Event, Output, Record, SessionId, SourceEvent};
+use warren_keyd_core::{AgentEvent, Core, Event, Output, SessionId, SourceEvent};
 use warren_model::{
     Datapath, NodeName, NodeUid,
     policy::{PolicyError, PolicyKind, PolicyRef, Rule},
@@ -19,13 +16,14 @@ use warren_model::{
 
 mod audit;
 mod keys;
+mod report;
 
 pub(crate) use self::keys::Revoked;
 use crate::{
     clock, key_writer,
     lag::Lag,
     metrics::Metrics,
-    node_status::{Seen as SeenNode, Statuses},
+    node_status::Statuses,
     notes::Notes,
     policy_status::{PolicyStatuses, Seen},
     publisher::{Order, SessionHandle},
@@ -339,19 +337,6 @@ impl Hub {
         ((status.epoch, status.version) >= agent.applied).then_some(status)
     }
 
-    fn policies(&self) -> Vec<PolicyStatus> {
-        let policies = self.core.policies();
-        let status = policies.iter().map(|(policy, validity)| PolicyStatus {
-            kind: policy.kind.name().into(),
-            namespace: policy.namespace.clone(),
-            name: policy.name.clone(),
-            valid: validity.valid,
-            message: validity.message.clone(),
-            rules: policies.rules(policy).len() as u64,
-        });
-        status.collect()
-    }
-
     fn open(&mut self, open: Open, now: u64) {
         let Open {
             session,
@@ -455,129 +440,6 @@ impl Hub {
                     clock::monotonic_ms(),
                     Event::Agent(AgentEvent::Disconnected(session)),
                 );
-            }
-        }
-    }
-
-    fn problems(&self) -> Vec<String> {
-        let mut problems = self.source_problems.clone();
-        problems.extend(self.load_problems.iter().cloned());
-        problems.extend(self.core.problems());
-        problems.extend(self.store_problems.values().cloned());
-        problems
-    }
-
-    /// (all, invalid) policy objects.
-    fn count_policies(&self) -> (usize, usize) {
-        let policies = self.core.policies().iter();
-        policies.fold((0, 0), |(all, invalid), (_, validity)| {
-            (all + 1, invalid + usize::from(!validity.valid))
-        })
-    }
-
-    fn report(&self) -> StatusResponse {
-        let (identities, workloads) = self.core.sizes();
-        let (policies, invalid_policies) = self.count_policies();
-        let nodes = self.core.records().filter_map(|record| match record {
-            Record::Node(node) => Some(node),
-            _ => None,
-        });
-        let nodes = nodes.map(|node| {
-            let agent = self.agents.get(&node.name);
-            NodeStatus {
-                node: Some(node_to_proto(node)),
-                connected: agent.is_some_and(|agent| agent.session.is_some()),
-                last_seen_unix_ms: agent
-                    .map_or(0, |agent| i64::try_from(agent.last_seen_unix_ms).unwrap_or(0)),
-                applied_epoch: agent.map_or(0, |agent| agent.applied.0),
-                applied_version: agent.map_or(0, |agent| agent.applied.1),
-                status: agent.and_then(|agent| agent.status.clone()),
-            }
-        });
-        StatusResponse {
-            directory_version: self.core.version(),
-            nodes: nodes.collect(),
-            problems: self.problems(),
-            identities: identities as u64,
-            workloads: workloads as u64,
-            policies: policies as u64,
-            invalid_policies: invalid_policies as u64,
-            selectors: self.core.policies().selectors().len() as u64,
-            ..StatusResponse::default()
-        }
-    }
-
-    fn measure(&self) {
-        let streams = self
-            .agents
-            .values()
-            .filter(|agent| agent.session.is_some())
-            .count();
-        let (identities, workloads) = self.core.sizes();
-        let (policies, invalid_policies) = self.count_policies();
-        self.metrics.observe(
-            self.core.counters(),
-            &crate::metrics::Observation {
-                streams,
-                identities,
-                workloads,
-                version: self.core.version(),
-                problems: self.problems().len(),
-                policies,
-                invalid_policies,
-                selectors: self.core.policies().selectors().len(),
-            },
-        );
-    }
-
-    fn write_conditions(&mut self) {
-        let Some(statuses) = &mut self.policy_statuses else {
-            return;
-        };
-        for wanted in statuses.take(k8s_openapi::jiff::Timestamp::now()) {
-            // A writer that is gone ends with the term.
-            let _ = self.shell.conditions.send(wanted);
-        }
-    }
-
-    fn write_statuses(&mut self) {
-        let Some((statuses, last)) = &mut self.statuses else {
-            return;
-        };
-        if last.elapsed() < STATUS_EVERY {
-            return;
-        }
-        *last = tokio::time::Instant::now();
-        let now = k8s_openapi::jiff::Timestamp::now();
-        let mut gone = BTreeMap::new();
-        for one in self.core.revocations() {
-            // The newest incarnation comes first.
-            if self.core.node_uid(&one.node).is_none() {
-                gone.entry(one.node.clone()).or_insert(one);
-            }
-        }
-        statuses.retain(|node| self.core.node_uid(node).is_some() || gone.contains_key(node));
-        for (node, one) in gone {
-            let revocation = keys::revocation_status(&self.core, one);
-            if let Some(status) = statuses.gone(&node, revocation, now) {
-                // A publisher that is gone ends this task at its next output.
-                let _ = self.orders.send(Order::Status(node, status));
-            }
-        }
-        for record in self.core.records() {
-            let Record::Node(node) = record else { continue };
-            let agent = self.agents.get(&node.name);
-            let status = agent.and_then(|agent| agent.status.as_ref());
-            let seen = SeenNode {
-                connected: agent.is_some_and(|agent| agent.session.is_some()),
-                has_key: !node.slots.is_empty(),
-                current: agent.is_some_and(|agent| agent.applied.0 == self.epoch),
-                agent_version: agent.map(|agent| agent.version.clone()).unwrap_or_default(),
-                problem: status.and_then(|status| status.problems.first().cloned()),
-            };
-            if let Some(status) = statuses.update(&node.name, &seen, now) {
-                // A publisher that is gone ends this task at its next output.
-                let _ = self.orders.send(Order::Status(node.name.clone(), status));
             }
         }
     }

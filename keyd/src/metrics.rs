@@ -23,6 +23,11 @@ pub(crate) struct Metrics {
     refused_endpoints: Counter,
     refused_streams: Counter,
     refused_identities: Counter,
+    set_back: Counter,
+    key_writes: Counter,
+    revocations: Counter,
+    rotating_nodes: Gauge,
+    open_rotations: Gauge,
     policies: Gauge,
     invalid_policies: Gauge,
     selectors: Gauge,
@@ -48,6 +53,10 @@ pub(crate) struct Observation {
     pub(crate) policies: usize,
     pub(crate) invalid_policies: usize,
     pub(crate) selectors: usize,
+    /// Nodes on their way to another key.
+    pub(crate) rotating_nodes: usize,
+    /// Rotations that are not over.
+    pub(crate) open_rotations: usize,
 }
 
 impl Metrics {
@@ -78,6 +87,31 @@ impl Metrics {
             "refused_identities",
             "Pods that got no identity of their own: a quota, or no number left",
             self.refused_identities.clone(),
+        );
+        registry.register(
+            "mesh_nodes_set_back",
+            "MeshNodes that somebody else than keyd has changed: an alarm",
+            self.set_back.clone(),
+        );
+        registry.register(
+            "key_writes",
+            "Changes of nodes' keys: new ones, ones that come into use, ones that go",
+            self.key_writes.clone(),
+        );
+        registry.register(
+            "revocations",
+            "Nodes whose keys became void for ever: deleted, registered anew or revoked",
+            self.revocations.clone(),
+        );
+        registry.register(
+            "rotating_nodes",
+            "Nodes on their way to another key",
+            self.rotating_nodes.clone(),
+        );
+        registry.register(
+            "open_rotations",
+            "KeyRotations that are not over",
+            self.open_rotations.clone(),
         );
         registry.register("policies", "Policy objects, valid or not", self.policies.clone());
         registry.register(
@@ -131,6 +165,12 @@ impl Metrics {
                 .refused_identities
                 .saturating_sub(seen.refused_identities),
         );
+        self.set_back
+            .inc_by(counters.set_back.saturating_sub(seen.set_back));
+        self.key_writes
+            .inc_by(counters.key_writes.saturating_sub(seen.key_writes));
+        self.revocations
+            .inc_by(counters.revocations.saturating_sub(seen.revocations));
         *seen = counters;
         let signed = |value: usize| i64::try_from(value).unwrap_or(i64::MAX);
         self.streams.set(signed(now.streams));
@@ -140,6 +180,8 @@ impl Metrics {
         self.policies.set(signed(now.policies));
         self.invalid_policies.set(signed(now.invalid_policies));
         self.selectors.set(signed(now.selectors));
+        self.rotating_nodes.set(signed(now.rotating_nodes));
+        self.open_rotations.set(signed(now.open_rotations));
         self.version.set(now.version);
     }
 }

@@ -80,6 +80,10 @@ pub struct Counters {
     pub refused_identities: u64,
     /// MeshNodes that somebody else had set back.
     pub set_back: u64,
+    /// Changes of keys that were sent to be written.
+    pub key_writes: u64,
+    /// Incarnations of nodes whose keys became void.
+    pub revocations: u64,
 }
 
 /// An ADD that was accepted in this round.
@@ -123,7 +127,6 @@ pub struct Core {
     /// Keys that are being written, with who waits for it.
     proving: BTreeMap<NodeName, (SessionId, PublicKey)>,
     revocations: Revocations,
-    set_back: u64,
     unix_seconds: u64,
 }
 
@@ -187,7 +190,6 @@ impl Core {
             recovered_rotations: recovered_rotations.collect(),
             proving: BTreeMap::new(),
             revocations,
-            set_back: 0,
             unix_seconds: 0,
             settings,
         }
@@ -373,7 +375,6 @@ impl Core {
     pub fn counters(&self) -> Counters {
         Counters {
             refused_identities: self.endpoints.refused_identities,
-            set_back: self.set_back,
             ..self.counters
         }
     }

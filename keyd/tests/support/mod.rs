@@ -75,6 +75,16 @@ impl Keyd {
         self.log = log;
     }
 
+    /// Starts another keyd on the same folders, as if nobody had noticed that there is one.
+    pub(crate) fn second(&self) -> Second {
+        let (child, address, log) = spawn(self.dir.path());
+        Second {
+            child: Some(child),
+            address,
+            log,
+        }
+    }
+
     pub(crate) fn manifests(&self, text: &str) {
         fs::write(self.dir.path().join("m/cluster.yaml"), text).unwrap();
     }
@@ -144,6 +154,35 @@ impl Keyd {
 
     pub(crate) fn log(&self) -> Vec<String> {
         self.log.lock().unwrap().clone()
+    }
+}
+
+/// A keyd without folders of its own.
+pub(crate) struct Second {
+    child: Option<Child>,
+    address: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Second {
+    /// Takes the place of the first one, which has to end by itself.
+    pub(crate) fn swap(&mut self, first: &mut Keyd) {
+        if let Some(child) = self.child.take() {
+            let mut old = std::mem::replace(&mut first.child, child);
+            let status = old.wait().unwrap();
+            assert!(!status.success(), "{status}");
+        }
+        first.address.clone_from(&self.address);
+        first.log = self.log.clone();
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
     }
 }
 

@@ -46,10 +46,21 @@ pub(crate) struct Hold {
 /// What an agent has, kept over its streams.
 #[derive(Default)]
 struct Disk {
+    uid: Option<NodeUid>,
     keys: BTreeMap<u64, PrivateKey>,
     nodes: BTreeMap<NodeName, NodeKeys>,
     hold: Hold,
     problems: Vec<String>,
+}
+
+impl Disk {
+    /// Keys that were made under another UID are void.
+    fn is_of(&mut self, uid: &NodeUid) {
+        if self.uid.as_ref() != Some(uid) {
+            self.keys.clear();
+            self.uid = Some(uid.clone());
+        }
+    }
 }
 
 /// An agent that reconnects.
@@ -168,7 +179,10 @@ impl Runner {
                     }
                 }
                 heard = stream.receive() => match heard {
-                    Ok(Some(Heard::Welcome(welcome))) => uid = welcome.node_uid.into(),
+                    Ok(Some(Heard::Welcome(welcome))) => {
+                        uid = welcome.node_uid.into();
+                        self.disk.lock().unwrap().is_of(&uid);
+                    }
                     Ok(Some(Heard::Update(update))) => {
                         let applied = directory.apply(update).expect("keyd sends what is signed and whole");
                         if applied.is_some() {
@@ -326,8 +340,7 @@ impl Runner {
             let generations = mine.generations().into_iter().filter(held);
             let paths = generations.flat_map(|own| {
                 theirs.generations().into_iter().map(move |peer| {
-                    let fresh = own > 1 || peer > 1;
-                    let newest = own == mine.last && peer == theirs.last;
+                    let candidate = own > mine.active || peer > theirs.active;
                     let target = (own, peer) == (mine.active, theirs.active);
                     let draining = own < mine.active || peer < theirs.active;
                     let moved = !(hold.moving && (mine.former().is_some() || theirs.former().is_some()));
@@ -336,7 +349,7 @@ impl Runner {
                     PathState {
                         own,
                         peer,
-                        verified: !(hold.verifying && fresh && newest),
+                        verified: !(hold.verifying && candidate),
                         sending: if moved { target } else { oldest },
                         quiet: draining && !hold.quiet,
                     }

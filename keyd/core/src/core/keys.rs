@@ -134,7 +134,7 @@ impl Core {
         if found {
             self.persisted_nodes.insert(name.clone(), stored);
         } else if self.nodes.uid(&name).is_some() {
-            self.set_back += 1;
+            self.counters.set_back += 1;
             self.note(
                 &name,
                 "MeshNodeSetBack",
@@ -151,7 +151,15 @@ impl Core {
                 true => Ok(()),
                 false => Err("it was not stored: wait until you are asked again".to_owned()),
             };
-            self.key_result(&name, session, key, result, now);
+            if result.is_ok() {
+                self.refusals.remove(&(name.clone(), "key"));
+            }
+            // Not the agent's fault: no alarm.
+            self.out.push(Output::KeyResult {
+                session,
+                public_key: key,
+                result,
+            });
         }
         self.machine
             .handle(now, rotation::Event::Keys { node: name, keys });
@@ -237,6 +245,7 @@ impl Core {
             // Nothing to write to: the machine goes on from what there is.
             self.tell_machine(now, node, None);
         }
+        self.counters.key_writes += u64::from(stored.is_some());
         stored.map(|stored| Output::WriteKeys {
             was,
             node: Box::new(stored),
@@ -261,6 +270,7 @@ impl Core {
     /// Remembers who was buried; what was published by then had its keys.
     pub(super) fn note_buried(&mut self) {
         for Buried { node, uid, keys } in self.nodes.take_buried() {
+            self.counters.revocations += 1;
             self.revocations.add(Revocation {
                 node,
                 uid,

@@ -11,6 +11,7 @@ use crate::{
 };
 
 mod endpoints;
+mod keys;
 mod policies;
 mod policy_histories;
 mod properties;

@@ -90,6 +90,7 @@
 
 mod event;
 mod flight;
+mod look;
 mod machine;
 mod readiness;
 mod run;
