@@ -139,7 +139,7 @@ fn behind_nat(far: Engine) -> Result<()> {
     let first = endpoint_of(far, inside)?.context("no endpoint")?;
     ensure!(first.starts_with("192.0.2.3:"), "{first}");
     // The translation is forgotten: what comes from outside finds nobody, until the node inside speaks, from another port.
-    std::thread::sleep(Duration::from_secs(4));
+    std::thread::sleep(Duration::from_secs(3));
     let flow = Flow::start(far, inside, inside.inner_v4(), 100, 100)?;
     until("datagrams into nothing", || Ok(flow.sent() >= 20))?;
     let figures = flow.finish()?;
@@ -152,15 +152,15 @@ fn behind_nat(far: Engine) -> Result<()> {
     let second = endpoint_of(far, inside)?.context("no endpoint")?;
     ensure!(first != second, "{first}");
     // With keepalives it is not forgotten.
-    router.exec(&["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=3"])?;
-    router.exec(&["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout_stream=3"])?;
+    router.exec(&["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout=2"])?;
+    router.exec(&["sysctl", "-qw", "net.netfilter.nf_conntrack_udp_timeout_stream=2"])?;
     inside.must_set(&format!(
         "{}persistent_keepalive_interval=1\n",
         peer_line(&far.key)
     ))?;
     ping(inside, far.inner_v4(), 56)?;
     let kept = endpoint_of(far, inside)?;
-    std::thread::sleep(Duration::from_secs(6));
+    std::thread::sleep(Duration::from_secs(4));
     ping(far, inside.inner_v4(), 56)?;
     ensure!(endpoint_of(far, inside)? == kept);
     Ok(())
@@ -184,11 +184,11 @@ fn padding_respects_the_mtu() -> Result<()> {
         lab.mesh(false)?;
         let [a, b] = &lab.nodes[..] else { unreachable!() };
         ping(a, b.inner_v4(), 56)?;
-        for mtu in [1412usize, 1283, 1411, 1280] {
+        for mtu in [1412usize, 1283] {
             a.namespace.ip(&format!("link set {} mtu {mtu}", a.device))?;
             // Looks the MTU up.
             a.control("stats warren0")?;
-            for size in [mtu, mtu - 1, mtu - 16, 64, 65, 84] {
+            for size in [mtu, mtu - 1, 65, 84] {
                 let capture = Capture::start(&lab)?;
                 let (payload, address) = ((size - 28).to_string(), b.inner_v4().to_string());
                 a.exec(&["ping", "-M", "do", "-c", "1", "-W", "5", "-s", &payload, &address])?;

@@ -44,7 +44,7 @@ impl Lanes {
         match self.0 {}
     }
 
-    pub(super) fn worthwhile(&self) -> usize {
+    pub(super) fn worthwhile(&self, _segment: usize) -> usize {
         match self.0 {}
     }
 

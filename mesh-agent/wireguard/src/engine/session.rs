@@ -135,7 +135,7 @@ impl Sealing {
         for group in groups(messages, segment, self.sending.lanes.as_ref()) {
             let count = group.len() / segment;
             let sealed = match &self.sending.lanes {
-                Some(lanes) if count >= lanes.worthwhile() => {
+                Some(lanes) if count >= lanes.worthwhile(segment) => {
                     let counters = std::array::from_fn(|lane| counter + lane as u64);
                     for (message, counter) in group.chunks_exact_mut(segment).zip(counters) {
                         message[..DATA_HEADER].copy_from_slice(&self.sending.header(counter));
@@ -186,7 +186,7 @@ fn groups<'a>(
 ) -> impl Iterator<Item = &'a mut [u8]> {
     let mut rest = messages;
     // Nothing fits into no lanes.
-    let (width, worthwhile) = lanes.map_or((0, 1), |lanes| (lanes.width(), lanes.worthwhile()));
+    let (width, worthwhile) = lanes.map_or((0, 1), |lanes| (lanes.width(), lanes.worthwhile(segment)));
     std::iter::from_fn(move || {
         let whole = (rest.len() / segment).min(width);
         let len = match segment >= OVERHEAD && whole >= worthwhile {
@@ -287,7 +287,10 @@ impl Receiving {
             return outcome;
         }
         let mut start = 0;
-        let worthwhile = self.lanes.as_ref().map_or(usize::MAX, Lanes::worthwhile);
+        let worthwhile = self
+            .lanes
+            .as_ref()
+            .map_or(usize::MAX, |lanes| lanes.worthwhile(segment));
         for group in groups(messages, segment, self.lanes.as_ref()) {
             match (&self.lanes, counters(group, segment, worthwhile)) {
                 (Some(lanes), Some(counters)) => {

@@ -296,16 +296,11 @@ impl Node {
         ]);
         match &self.engine {
             Engine::Warren(program, arguments) => {
-                self.namespace
-                    .ip(&format!("tuntap add dev {} mode tun", self.device))
-                    .or_else(|error| {
-                        // Still there after a restart.
-                        if self.has_device() {
-                            self.namespace.ip("link show lo")
-                        } else {
-                            Err(error)
-                        }
-                    })?;
+                // Still there after a restart.
+                if !self.has_device() {
+                    self.namespace
+                        .ip(&format!("tuntap add dev {} mode tun", self.device))?;
+                }
                 command
                     .arg(program)
                     .args(arguments)

@@ -99,7 +99,7 @@ impl Numbers {
 const LONGEST: usize = 2048;
 
 /// How long new inputs are tried in a usual test run.
-const MOMENT: Duration = Duration::from_millis(700);
+const MOMENT: Duration = Duration::from_millis(400);
 
 /// A new input made of one or two others.
 fn mutate(pool: &[Vec<u8>], numbers: &mut Numbers) -> Vec<u8> {
