@@ -25,6 +25,8 @@ use crate::state::{Peer, State};
 pub const LOOK: Duration = Duration::from_millis(200);
 /// The same where nothing has changed for [`PATIENCE`].
 pub const SLOW_LOOK: Duration = Duration::from_secs(1);
+/// How long this end waits to be sent something, and then how long it is silent itself, in turns.
+const TURN: Duration = Duration::from_secs(2);
 /// How long changes follow each other quickly.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -70,6 +72,8 @@ pub(crate) struct Pairs {
     pairs: BTreeMap<NodeName, Pair>,
     open: [Option<u64>; KEY_SLOTS as usize],
     mover: Mover,
+    /// Since when a pair has been about to move.
+    waiting: BTreeMap<NodeName, Duration>,
     /// Since when a peer has been wanted on a device.
     since: BTreeMap<(u8, PublicKey), Duration>,
     reporter: Reporter,
@@ -107,6 +111,7 @@ impl Pairs {
                 self.since.entry((path.slot, path.key)).or_insert(now);
             }
             let current = seeing.state.paths.get(&index).map(|path| path.slot);
+            let silent = self.silent_turn(now, own, &other, &node.name, current, &found);
             let ready = self.ready(seeing, own, &other, index, node, current, &found);
             let mut pair = Pair {
                 sending: sending(own, &other, &found, current, ready),
@@ -122,7 +127,10 @@ impl Pairs {
                 if !may_begin {
                     look = Some(look.map_or(since + YIELD, |look| look.min(since + YIELD)));
                 }
-                let seconds = keepalive(own, &other, &pair.paths, path, may_begin, seeing.keepalive);
+                let seconds = match fresh && silent == Some(path.slot) {
+                    true => 0,
+                    false => keepalive(own, &other, &pair.paths, path, may_begin, seeing.keepalive),
+                };
                 pair.keepalives.push(seconds);
             }
             moving |= pair.sending != current || pair.paths.len() > 1;
@@ -149,6 +157,8 @@ impl Pairs {
         look: Option<Duration>,
     ) {
         self.since.retain(|place, _| wanted.contains(place));
+        let pairs = &self.pairs;
+        self.waiting.retain(|node, _| pairs.contains_key(node));
         if *before != self.pairs {
             self.changed = now;
         }
@@ -157,6 +167,29 @@ impl Pairs {
             (Some(before), Some(look)) => Some(before.min(look)),
             (_, look) => look,
         };
+    }
+
+    /// The path to move to, while it is this end's turn to be silent there. Whatever arrives puts off the keepalive of
+    /// the end that receives it (WireGuard's timers count either direction), so of two ends with the same interval
+    /// one may never send. It is heard when the other is silent for a while, and has then moved, or is in its turn.
+    fn silent_turn(
+        &mut self,
+        now: Duration,
+        own: &NodeKeys,
+        other: &NodeKeys,
+        node: &NodeName,
+        current: Option<u8>,
+        paths: &[Path],
+    ) -> Option<u8> {
+        let moves =
+            target(own, other, paths).filter(|path| current.is_some_and(|current| path.slot != current));
+        let Some(path) = moves else {
+            self.waiting.remove(node);
+            return None;
+        };
+        let since = *self.waiting.entry(node.clone()).or_insert(now);
+        let turns = now.saturating_sub(since).as_millis() / TURN.as_millis();
+        (turns % 2 == 1).then_some(path.slot)
     }
 
     /// The bit of the path to move to, once it is ready.
