@@ -133,8 +133,11 @@ pub(crate) struct Hub {
     shell: Shell,
     rotation_statuses: rotations::Statuses,
     /// Revocations of this round, with who asked for them.
-    revoking: Vec<(NodeName, NodeUid, oneshot::Sender<Result<Revoked, String>>)>,
+    revoking: Vec<Revoking>,
 }
+
+/// A node whose keys are revoked, and who is to hear of it.
+type Revoking = (NodeName, NodeUid, oneshot::Sender<Result<Revoked, String>>);
 
 /// Where the hub's words go, besides the publisher.
 #[derive(Debug)]

@@ -56,7 +56,7 @@ pub(crate) async fn write(
                             uid: one.uid.clone(),
                             progress: progress(&theirs),
                         };
-                        stored.insert(one.name, (one.uid, theirs));
+                        stored.insert(one.name, (one.uid, *theirs));
                         let Some(hub) = hub.upgrade() else { return };
                         if hub.send(hub::Command::Core(event)).await.is_err() {
                             return;

@@ -169,7 +169,7 @@ impl KubeStore {
                 return Ok(StatusWritten::Gone);
             };
             if object.status.as_ref() != was {
-                return Ok(StatusWritten::Theirs(object.status.unwrap_or_default()));
+                return Ok(StatusWritten::Theirs(Box::new(object.status.unwrap_or_default())));
             }
             object.status = Some(status.clone());
             object.metadata.managed_fields = None;

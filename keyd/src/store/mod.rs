@@ -69,7 +69,7 @@ pub(crate) type RotationStatuses = BTreeMap<String, (String, KeyRotationStatus)>
 pub(crate) enum StatusWritten {
     Written,
     /// Somebody else has written another one, which counts.
-    Theirs(KeyRotationStatus),
+    Theirs(Box<KeyRotationStatus>),
     /// The object is gone.
     Gone,
 }

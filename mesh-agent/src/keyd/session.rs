@@ -331,7 +331,9 @@ impl Client {
                 if received.keys_changed {
                     // Devices must never be ahead of the disk: an agent that is killed now goes on from there.
                     tokio::task::block_in_place(|| {
-                        self.to_disk().map(Unsaved::save);
+                        if let Some(unsaved) = self.to_disk() {
+                            unsaved.save();
+                        }
                         if let Err(error) = self.applied.write(position) {
                             tracing::warn!(error = %format!("{error:#}"), "what is applied cannot be noted");
                         }

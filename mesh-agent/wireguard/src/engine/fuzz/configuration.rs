@@ -177,7 +177,7 @@ fn compare(state: &State, model: &Model, features: &mut Features) {
     // Nobody owns what nobody was given, and every index is somebody's.
     assert_eq!(state.owners.iter().count(), model.prefixes.len());
     assert_eq!(state.indices.len(), state.peers.len());
-    for (address, _) in &model.prefixes {
+    for address in model.prefixes.keys() {
         let address = address.network();
         let best = model
             .prefixes

@@ -270,7 +270,7 @@ pub(super) fn inner(input: &[u8], features: &mut Features) {
     for mtu in [0, 576, 1280, 1420, 65_535] {
         let padded = packet::padded(input.len(), mtu);
         assert!(padded >= input.len() && padded - input.len() < 16);
-        assert!(padded == input.len() || (padded <= mtu && (padded % 16 == 0 || padded == mtu)));
+        assert!(padded == input.len() || (padded <= mtu && (padded.is_multiple_of(16) || padded == mtu)));
     }
     features.note(1, at(0).unwrap_or(0) >> 4);
     features.note(2, u8::from(whole.is_some()) << 1 | u8::from(addresses.is_some()));

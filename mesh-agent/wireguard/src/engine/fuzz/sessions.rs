@@ -308,7 +308,7 @@ fn step(world: &mut World, source: &mut Source<'_>, features: &mut Features) {
         12 => {
             let mut message = source.bytes(usize::from(step >> 4) * 12 + OVERHEAD).to_vec();
             if let Some(kind) = message.first_mut() {
-                *kind = *kind % 5;
+                *kind %= 5;
             }
             world.deliver(end, spoofed, message, features);
         }
