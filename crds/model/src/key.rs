@@ -4,6 +4,7 @@ use std::{fmt, str::FromStr};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroize as _;
 
 /// Why bytes are not an acceptable WireGuard key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -120,9 +121,16 @@ impl fmt::Debug for PublicKey {
 }
 
 /// A Curve25519 private key. Never printed: `Debug` redacts it, there is no `Display` and no `Serialize`.
-/// The bytes are overwritten when it is dropped.
-#[derive(Clone, PartialEq, Eq, zeroize::Zeroize, zeroize::ZeroizeOnDrop)]
-pub struct PrivateKey([u8; 32]);
+/// The bytes are overwritten when it is dropped, and stay where they are while it is moved: a moved array leaves a copy
+/// behind, in freed memory as well.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PrivateKey(Box<[u8; 32]>);
+
+impl Drop for PrivateKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
 
 impl PrivateKey {
     /// Takes 32 random bytes and clamps them as RFC 7748 section 5 says.
@@ -130,7 +138,10 @@ impl PrivateKey {
         bytes[0] &= 248;
         bytes[31] &= 127;
         bytes[31] |= 64;
-        Self(bytes)
+        let mut key = Self(Box::new([0; 32]));
+        key.0.copy_from_slice(&bytes);
+        bytes.zeroize();
+        key
     }
 
     /// The key itself, for the device and for the file that keeps it; nowhere else.

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, io, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use tokio::{
-    io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader},
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::UnixStream,
 };
 use zeroize::Zeroizing;
@@ -211,26 +211,65 @@ async fn timely<T>(device: &str, work: impl Future<Output = io::Result<T>>) -> R
     })
 }
 
-/// The lines of the answer without its `errno=0`; the `errno` otherwise.
+/// The lines of the answer without its `errno=0`; the `errno` otherwise. The answer holds private keys: no copy of it is
+/// left behind in a buffer.
 async fn exchange(mut stream: UnixStream, request: &str) -> io::Result<Zeroizing<String>> {
     stream.write_all(request.as_bytes()).await?;
-    let mut reader = BufReader::new(stream);
-    let mut text = Zeroizing::new(String::with_capacity(REQUEST_LIMIT));
+    let mut bytes = Zeroizing::new(Vec::with_capacity(REQUEST_LIMIT));
+    let mut chunk = Zeroizing::new(vec![0; 8192]);
+    let mut searched = 0;
     loop {
-        let start = text.len();
-        if reader.read_line(&mut text).await? == 0 {
+        let length = stream.read(&mut chunk).await?;
+        if length == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        if let Some(number) = text[start..].trim_end().strip_prefix("errno=") {
-            let number: i32 = number.parse().map_err(|_| io::ErrorKind::InvalidData)?;
-            text.truncate(start);
-            return match number {
-                0 => Ok(text),
-                // Engines differ in the sign.
-                _ => Err(io::Error::from_raw_os_error(number.saturating_abs())),
-            };
-        }
+        append(&mut bytes, &chunk[..length]);
+        let Some((end, number)) = errno(&bytes, searched) else {
+            searched = bytes.len().saturating_sub(ERRNO_LINE);
+            continue;
+        };
+        return match number? {
+            0 => {
+                bytes.truncate(end);
+                // Moves the bytes, without a copy.
+                match String::from_utf8(std::mem::take(&mut *bytes)) {
+                    Ok(text) => Ok(Zeroizing::new(text)),
+                    Err(error) => {
+                        drop(Zeroizing::new(error.into_bytes()));
+                        Err(io::ErrorKind::InvalidData.into())
+                    }
+                }
+            }
+            // Engines differ in the sign.
+            number => Err(io::Error::from_raw_os_error(number.saturating_abs())),
+        };
     }
+}
+
+/// Bytes of the longest `errno` line, with the end of the line before it.
+const ERRNO_LINE: usize = 32;
+
+/// Grown by hand, so that no copy of a key is left behind when the bytes move.
+fn append(bytes: &mut Zeroizing<Vec<u8>>, more: &[u8]) {
+    if bytes.capacity() - bytes.len() < more.len() {
+        let mut larger = Zeroizing::new(Vec::with_capacity((bytes.capacity() + more.len()) * 2));
+        larger.extend_from_slice(bytes);
+        *bytes = larger;
+    }
+    bytes.extend_from_slice(more);
+}
+
+/// Where the `errno` line begins, once it is complete, and its number. Everything before `from` was searched already.
+fn errno(bytes: &[u8], from: usize) -> Option<(usize, io::Result<i32>)> {
+    const WORD: &[u8] = b"errno=";
+    let begins = |at: &usize| (*at == 0 || bytes[at - 1] == b'\n') && bytes[*at..].starts_with(WORD);
+    let start = (from..bytes.len()).find(begins)?;
+    let value = &bytes[start + WORD.len()..];
+    let value = &value[..value.iter().position(|byte| *byte == b'\n')?];
+    let number = std::str::from_utf8(value)
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    Some((start, number.ok_or(io::ErrorKind::InvalidData.into())))
 }
 
 fn io_error(
@@ -275,5 +314,59 @@ fn refused(device: &str, error: DeviceError) -> DeviceError {
             }
         }
         error => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn answered(parts: &'static [&'static str]) -> io::Result<Zeroizing<String>> {
+        let (ours, mut theirs) = UnixStream::pair()?;
+        let server = tokio::spawn(async move {
+            let _ = theirs.read(&mut [0; 64]).await;
+            for part in parts {
+                // Nobody may be listening any more: what follows the number is not waited for.
+                let _ = theirs.write_all(part.as_bytes()).await;
+                tokio::task::yield_now().await;
+            }
+        });
+        let answer = exchange(ours, "get=1\n\n").await;
+        server.await.map_err(io::Error::other)?;
+        answer
+    }
+
+    #[tokio::test]
+    async fn answers_are_read_in_any_pieces() {
+        for parts in [
+            &["listen_port=1\nerrno=0\n\n"][..],
+            &["listen_port=1\ner", "rno", "=0", "\n", "\n"],
+            &["listen_port=1", "\nerrno=0\n"],
+        ] {
+            assert_eq!(answered(parts).await.unwrap().as_str(), "listen_port=1\n");
+        }
+        assert_eq!(answered(&["errno=0\n\n"]).await.unwrap().as_str(), "");
+        for number in [&["errno=-22\n\n"][..], &["a=1\nerrno=22\n\n"]] {
+            let error = answered(number).await.unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        }
+        let error = answered(&["x_errno=1\nerrno=many\n\n"]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        let error = answered(&["listen_port=1\n"]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn what_is_appended_stays_in_order() {
+        let mut bytes = Zeroizing::new(Vec::with_capacity(4));
+        for number in 0..100_u8 {
+            append(&mut bytes, &[number; 3]);
+        }
+        assert!(
+            bytes
+                .iter()
+                .zip(0..)
+                .all(|(byte, at)| usize::from(*byte) == at / 3)
+        );
     }
 }

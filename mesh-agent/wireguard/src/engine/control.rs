@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, BufRead, BufReader, Read as _, Write as _},
+    io::{self, BufRead, BufReader, Read, Write as _},
     os::fd::{AsFd as _, OwnedFd},
     os::unix::{
         fs::PermissionsExt as _,
@@ -163,18 +163,68 @@ fn prepare(stream: &UnixStream) -> io::Result<()> {
 /// Serves the configuration protocol of a device, as long as the engine has it.
 pub(super) fn serve_device(device: &Weak<Device>, stream: UnixStream) -> io::Result<()> {
     let mut writer = stream.try_clone()?;
-    let mut reader = BufReader::new(stream);
+    let mut reader = Wiping::new(stream);
     while let Some(request) = read_request(&mut reader)? {
         let Some(device) = device.upgrade() else {
             return Ok(());
         };
-        match answer(&device, &request) {
+        let answer = answer(&device, &request);
+        drop(request);
+        wipe_stack();
+        match answer {
             Some(answer) => writer.write_all(answer.as_bytes())?,
             // Let go of, perhaps to a successor: whoever asks again finds out.
             None => return Ok(()),
         }
     }
     Ok(())
+}
+
+/// Overwrites the stack below the caller, where a key was computed with: a thread's stack outlives the thread, in the
+/// allocator's store of stacks.
+#[inline(never)]
+fn wipe_stack() {
+    let mut below = Zeroizing::new([0_u8; 64 * 1024]);
+    std::hint::black_box(below.as_mut_slice());
+}
+
+/// A buffered reader whose buffer is wiped at its end: requests carry private keys.
+struct Wiping<R> {
+    inner: R,
+    buffer: Zeroizing<Vec<u8>>,
+    /// What has been read and not been taken.
+    filled: std::ops::Range<usize>,
+}
+
+impl<R> Wiping<R> {
+    fn new(inner: R) -> Self {
+        Self {
+            inner,
+            buffer: Zeroizing::new(vec![0; 8192]),
+            filled: 0..0,
+        }
+    }
+}
+
+impl<R: Read> Read for Wiping<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let length = self.fill_buf()?.read(out)?;
+        self.consume(length);
+        Ok(length)
+    }
+}
+
+impl<R: Read> BufRead for Wiping<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.filled.is_empty() {
+            self.filled = 0..self.inner.read(&mut self.buffer)?;
+        }
+        Ok(&self.buffer[self.filled.clone()])
+    }
+
+    fn consume(&mut self, length: usize) {
+        self.filled.start = (self.filled.start + length).min(self.filled.end);
+    }
 }
 
 /// `None` where the device was let go of meanwhile.
@@ -262,6 +312,23 @@ pub(super) fn serve_engine(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wiping_reader_reads_like_any_other() {
+        let text: Vec<u8> = (0..30_000_u32)
+            .flat_map(|number| format!("{number}\n").into_bytes())
+            .collect();
+        let lines: Vec<String> = Wiping::new(text.as_slice()).lines().map(Result::unwrap).collect();
+        assert_eq!(lines.len(), 30_000);
+        assert!(
+            (0..)
+                .zip(&lines)
+                .all(|(number, line): (u32, _)| *line == number.to_string())
+        );
+        let mut all = Vec::new();
+        Wiping::new(text.as_slice()).read_to_end(&mut all).unwrap();
+        assert_eq!(all, text);
+    }
 
     #[test]
     fn requests_are_cut_at_empty_lines() {
