@@ -93,13 +93,13 @@ fn an_unreadable_key_file_is_one_clear_sentence() -> Result<()> {
     Lab::run(two_nodes(true), |lab| {
         let (client, server) = client_and_server(lab)?;
         let node = lab.node(2);
-        let key = node.dir().join("state/agent/keys/slot0.key");
+        let key = node.dir().join("state/agent/keys/gen1.key");
         let good = fs::read(&key).with_context(|| format!("no key at {}", key.display()))?;
         node.stop_agent()?;
         fs::write(&key, "this is no key\n")?;
         node.start_agent()?;
         wait_until(PATIENCE, "the agent names the file", || {
-            ensure!(node.agent_log(20).contains("slot0.key"), "{}", node.agent_log(20));
+            ensure!(node.agent_log(20).contains("gen1.key"), "{}", node.agent_log(20));
             Ok(())
         })?;
         ensure!(

@@ -14,13 +14,15 @@ use anyhow::{Context as _, Result, bail};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_agent_core::slots::Keyring;
 use warren_keyd_api::proof;
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{NodeUid, PrivateKey, PublicKey};
 use zeroize::Zeroizing;
 
 use crate::files::write_private;
 
 /// The only key's file of agents that did not rotate.
 const FIRST_NAME: &str = "slot0.key";
+/// The UID of the Node that the keys are for.
+const OWNER_NAME: &str = "node-uid";
 /// Two of a node are in use at once; the others are void and about to go.
 const MOST: usize = 8;
 /// More than a key file ever has.
@@ -115,6 +117,31 @@ impl KeyStore {
         tracing::info!(generation, %public, "made a key");
         keys.held.insert(generation, Held { public, private });
         Ok(public)
+    }
+
+    /// Notes whose keys these are. A Node that was deleted and registered again is another one: what was its key is revoked for
+    /// ever, so all are destroyed. Returns whether any was.
+    pub(crate) fn belong_to(&self, uid: &NodeUid) -> Result<bool> {
+        let path = self.lock().directory.join(OWNER_NAME);
+        let before = match fs::read_to_string(&path) {
+            // An empty file says nothing.
+            Ok(text) => Some(NodeUid::from(text.trim())).filter(|uid| !uid.as_str().is_empty()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        if before.as_ref() == Some(uid) {
+            return Ok(false);
+        }
+        let mut destroyed = false;
+        if before.is_some() {
+            let generations: Vec<u64> = self.lock().held.keys().copied().collect();
+            for generation in generations {
+                self.destroy(generation)?;
+                destroyed = true;
+            }
+        }
+        write_private(&path, format!("{uid}\n").as_bytes())?;
+        Ok(destroyed)
     }
 
     /// Destroys a key. It is gone from memory even where its file cannot be overwritten.
@@ -257,6 +284,21 @@ mod tests {
         fs::write(directory.path().join(".gen3.key.new"), "half a key").unwrap();
         assert_eq!(store(directory.path()).private(&second).unwrap().0, 2);
         assert!(!directory.path().join(".gen3.key.new").exists());
+    }
+
+    #[test]
+    fn keys_of_a_node_that_was_deleted_are_destroyed() {
+        let directory = tempfile::tempdir().unwrap();
+        let keys = store(directory.path());
+        let (first, again) = (NodeUid::from("uid-1"), NodeUid::from("uid-2"));
+        let key = keys.make(1).unwrap();
+        assert!(!keys.belong_to(&first).unwrap() && !keys.belong_to(&first).unwrap());
+        assert!(!store(directory.path()).belong_to(&first).unwrap());
+        assert_eq!(keys.make(1).unwrap(), key);
+        assert!(keys.belong_to(&again).unwrap());
+        assert!(keys.keyring().held().is_empty() && !directory.path().join("gen1.key").exists());
+        let fresh = keys.make(1).unwrap();
+        assert!(fresh != key && !store(directory.path()).belong_to(&again).unwrap());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What keyd and the API server must refuse.
 
-use std::fs;
+use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
@@ -8,6 +8,8 @@ use warren_e2e::{cluster::hello::Heard, lab::wait::wait_until};
 
 use crate::scene::{PATIENCE, Scene, answers};
 
+/// How long a Node that was registered again may take: the control plane first collects the pods of the deleted one.
+const REGISTERED: Duration = Duration::from_secs(300);
 /// What agents' tokens are for.
 const AUDIENCE: &str = "keyd.warren.dev";
 
@@ -190,5 +192,14 @@ pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {
         })?;
     }
     refused(scene, &token, "node3", "a deleted node")?;
-    answers(&scene.pods[0], &scene.pods[1])
+    answers(&scene.pods[0], &scene.pods[1])?;
+    // Registered again it is another Node: with its old disk, and with a new key.
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node3"}});
+    scene.cluster.apply(&[node])?;
+    wait_until(REGISTERED, "node3 is a peer again", || {
+        let status = scene.cluster.encrypt_status("node1")?;
+        ensure!(status.peers.len() == 2, "{} peers", status.peers.len());
+        Ok(())
+    })?;
+    scene.cluster.wait_encrypted()
 }

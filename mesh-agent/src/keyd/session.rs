@@ -199,7 +199,9 @@ impl Client {
         match body {
             Hear::Welcome(welcome) => {
                 *welcomed = true;
-                session.node_uid = Some(welcome.node_uid.into());
+                let uid = NodeUid::from(welcome.node_uid);
+                self.own(&uid)?;
+                session.node_uid = Some(uid);
                 super::trust::remember_addresses(&self.state, &[address.to_owned()]);
                 tracing::info!(%address, keyd = %welcome.keyd_id, "connected to keyd");
                 self.say_held(session)?;
@@ -254,6 +256,16 @@ impl Client {
             }));
             let _ = say.send(proto::AgentMessage { body }).await;
         });
+    }
+
+    /// The keys are those of the Node that `keyd` takes this machine for, or none.
+    fn own(&self, uid: &NodeUid) -> Result<(), String> {
+        let destroyed = tokio::task::block_in_place(|| self.keys.belong_to(uid));
+        if destroyed.map_err(|error| format!("{error:#}"))? {
+            tracing::warn!(%uid, "the Node was registered anew: its former keys are revoked and destroyed");
+            let _ = self.events.send(FromKeyd::NewKey);
+        }
+        Ok(())
     }
 
     fn say_held(&self, session: &Session) -> Result<(), String> {
