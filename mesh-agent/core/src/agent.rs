@@ -50,6 +50,8 @@ pub struct Agent {
     shut: BTreeSet<Gate>,
     /// Steps of the last plan that have not succeeded yet, by subject.
     open: BTreeMap<String, Action>,
+    /// The directory has changed since the last plan: what is open says nothing of it.
+    unplanned: bool,
     desired: State,
     problems: Vec<String>,
     adopted: bool,
@@ -69,6 +71,7 @@ impl Agent {
             retries: Retries::default(),
             shut: BTreeSet::new(),
             open: BTreeMap::new(),
+            unplanned: false,
             desired: State::default(),
             problems: Vec::new(),
             adopted: false,
@@ -85,10 +88,12 @@ impl Agent {
     pub fn set_directory(&mut self, directory: Directory) {
         let checked = directory::check(&self.settings.config, directory.nodes.values());
         self.directory = Some((directory, checked));
+        self.unplanned = true;
     }
 
     /// The directory changed, by so much; the first change has to be a whole directory.
     pub fn change_directory(&mut self, change: &Change) {
+        self.unplanned |= change.concerns_mesh();
         let (directory, checked) = self.directory.get_or_insert_default();
         if directory.apply(change) {
             *checked = directory::check(&self.settings.config, directory.nodes.values());
@@ -266,6 +271,7 @@ impl Agent {
     /// their next try are left out; [`Agent::may_run`] tells of each step whether what it rests on is there.
     pub fn plan(&mut self, observed: &Observed, now: Duration) -> Vec<Action> {
         self.refresh(observed, now);
+        self.unplanned = false;
         let prune = self.directory.is_some() || !self.settings.config.encryption;
         let steps = plan(&self.desired, &observed.state, prune);
         self.open = steps.iter().map(|step| (step.subject(), step.clone())).collect();
@@ -403,12 +409,12 @@ impl Agent {
     /// Whether the directory's mapping of addresses to nodes is in force: nobody is reached, or believed, under a
     /// mapping of before.
     pub fn mapping_settled(&self) -> bool {
-        !self.open.values().any(Action::changes_mapping)
+        !self.unplanned && !self.open.values().any(Action::changes_mapping)
     }
 
     /// Whether owners and endpoints have the identities that the directory gives them.
     pub fn identities_settled(&self) -> bool {
-        !self.open.values().any(Action::changes_identity)
+        !self.unplanned && !self.open.values().any(Action::changes_identity)
     }
 
     /// Whether a local pod is programmed, so that its traffic may flow.

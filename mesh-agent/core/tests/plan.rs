@@ -6,8 +6,8 @@ use std::{net::SocketAddr, time::Duration};
 
 use common::{apply, bare, barred, comparable, config, converge, covered, directory, key, link, node};
 use warren_agent_core::{
-    Action, Agent, Endpoint, EndpointKey, LinkKind, NodePath, Observed, Programs, Route, RouteKey, Table,
-    metric, mismatches,
+    Action, Agent, Change, Endpoint, EndpointKey, EntryKey, LinkKind, NodePath, Observed, Programs, Route,
+    RouteKey, Table, metric, mismatches,
 };
 use warren_model::{IdentityId, PodRef, WorkloadRecord};
 
@@ -357,6 +357,36 @@ fn identities_come_from_the_directory_only_for_pods_on_the_node_that_owns_their_
     );
     assert_eq!(observed.state.endpoints[&10].identity, IdentityId(302));
     assert_eq!(agent.problems().len(), 1);
+}
+
+#[test]
+fn a_directory_is_acknowledged_only_when_a_plan_was_made_from_it() {
+    let mut agent = agent();
+    agent.set_directory(directory(1, vec![node(1), node(2)]));
+    let mut observed = bare();
+    assert!(!agent.mapping_settled() && !agent.identities_settled());
+    converge(&mut agent, &mut observed);
+    assert!(agent.mapping_settled() && agent.identities_settled());
+    let change = |version, upserts| Change {
+        epoch: 1,
+        version,
+        upserts,
+        ..Change::default()
+    };
+    // A node that goes, and right behind it a version that is about policy alone.
+    let gone = Change {
+        removes: vec![EntryKey::Node("node2".into())],
+        ..change(2, vec![])
+    };
+    agent.change_directory(&gone);
+    agent.change_directory(&change(3, vec![]));
+    assert_eq!(agent.directory_version(), Some((1, 3)));
+    assert!(!agent.mapping_settled() && !agent.identities_settled());
+    converge(&mut agent, &mut observed);
+    assert!(agent.mapping_settled() && agent.identities_settled());
+    // Policy alone needs no plan.
+    agent.change_directory(&change(4, vec![]));
+    assert!(agent.mapping_settled() && agent.identities_settled());
 }
 
 #[test]
