@@ -180,6 +180,26 @@ fn a_node_is_cut_off_during_a_rotation() -> Result<()> {
     })
 }
 
+/// After a tunnel has died in the middle of a rotation, the next one loses nothing.
+#[test]
+fn a_rotation_after_a_tunnel_died_loses_nothing() -> Result<()> {
+    Lab::run(LabOptions::default(), |lab| {
+        let capture = lab.capture()?;
+        let pods = pods(lab)?;
+        let victim = lab.node(1);
+        rotate_and_disturb(lab, |_| victim.kill_tunnel())?;
+        all_answer(&pods)?;
+        let flows = pods
+            .iter()
+            .zip(pods.iter().skip(1))
+            .map(|(from, to)| Flows::start(from, to))
+            .collect::<Result<Vec<_>>>()?;
+        lab.rotate(&[&["--all"], &QUICKLY[..]].concat())?;
+        flows.into_iter().try_for_each(Flows::finish_without_loss)?;
+        nothing_in_clear(&capture.finish()?)
+    })
+}
+
 fn all_answer(pods: &[Pod]) -> Result<()> {
     for from in pods {
         for to in pods.iter().filter(|to| to.name() != from.name()) {
