@@ -8,8 +8,8 @@ use warren_e2e::{cluster::hello::Heard, lab::wait::wait_until};
 
 use crate::scene::{PATIENCE, Scene, answers};
 
-/// How long a Node that was registered again may take: the control plane first collects the pods of the deleted one.
-const REGISTERED: Duration = Duration::from_secs(300);
+/// How long a Node that was registered again may take: the control plane may first collect the pods of the deleted one.
+const REGISTERED: Duration = Duration::from_secs(180);
 /// What agents' tokens are for.
 const AUDIENCE: &str = "keyd.warren.dev";
 
@@ -183,6 +183,7 @@ pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {
     let token = token(scene, "mesh-agent", AUDIENCE, Some(&agent))?;
     let heard = hello(scene, &token, "node3")?;
     ensure!(matches!(heard, Heard::Welcome(_)), "before: {heard:?}");
+    let node = scene.cluster.get(["node", "node3"])?;
     scene.cluster.kubectl(["delete", "node", "node3"])?;
     for node in ["node1", "node2"] {
         wait_until(PATIENCE, &format!("{node} has forgotten node3"), || {
@@ -193,9 +194,16 @@ pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {
     }
     refused(scene, &token, "node3", "a deleted node")?;
     answers(&scene.pods[0], &scene.pods[1])?;
-    // Registered again it is another Node: with its old disk, and with a new key.
-    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node3"}});
+    // Registered again it is another Node: with its old disk, and with a new key. Its agent's token is the old Node's.
+    let node = json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": "node3"},
+        "spec": {"podCIDR": node["spec"]["podCIDR"], "podCIDRs": node["spec"]["podCIDRs"]},
+    });
     scene.cluster.apply(&[node])?;
+    let restart = ["-n", "kube-system", "delete", "pod", &agent, "--ignore-not-found"];
+    scene.cluster.kubectl(restart)?;
     wait_until(REGISTERED, "node3 is a peer again", || {
         let status = scene.cluster.encrypt_status("node1")?;
         ensure!(status.peers.len() == 2, "{} peers", status.peers.len());
