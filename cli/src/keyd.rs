@@ -1,6 +1,6 @@
 //! `keyd`'s admin service: the directory, the policies, and questions to the agents.
 
-use std::{collections::BTreeMap, net::IpAddr, path::Path};
+use std::{collections::BTreeMap, io, net::IpAddr, path::Path};
 
 use anyhow::{Context as _, anyhow, bail};
 use kube::api::AttachedProcess;
@@ -126,11 +126,23 @@ pub(crate) async fn tunnel(target: &Target) -> anyhow::Result<()> {
     let (mut from, mut to) = socket.into_split();
     let (mut input, mut output) = (tokio::io::stdin(), tokio::io::stdout());
     // Whichever end closes first is the end of both.
-    tokio::select! {
-        done = tokio::io::copy(&mut input, &mut to) => done?,
-        done = tokio::io::copy(&mut from, &mut output) => done?,
+    let done = tokio::select! {
+        done = tokio::io::copy(&mut input, &mut to) => done,
+        done = tokio::io::copy(&mut from, &mut output) => done,
     };
-    Ok(())
+    match done {
+        Ok(_) => Ok(()),
+        Err(error) if is_end(&error) => Ok(()),
+        Err(error) => Err(error).context("the connection to keyd broke"),
+    }
+}
+
+/// A peer that closes while something is still on its way to it makes a write fail: that is an end like any other.
+fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 /// The parts of the directory that the commands show.

@@ -1,14 +1,13 @@
 //! `warren keys` as a user runs it, against a keyd socket with canned answers.
 
+mod support;
+
 use std::{
-    path::PathBuf,
     process::{Command, Output},
     sync::{Arc, Mutex},
 };
 
-use tempfile::TempDir;
-use tokio::{net::UnixListener, runtime::Runtime};
-use tokio_stream::wrappers::UnixListenerStream;
+use support::Served;
 use tonic::{Request, Response, Status, transport::Server};
 use warren_keyd_api::proto::{
     AbortRotationRequest, AbortRotationResponse, AuditKeysRequest, KeyHeld, KeyState, KeyStatus,
@@ -138,52 +137,25 @@ impl Keys for Canned {
 /// A keyd that answers as told.
 struct Keyd {
     script: Arc<Mutex<Script>>,
-    socket: PathBuf,
-    _directory: TempDir,
-    _runtime: Runtime,
+    served: Served,
 }
 
 impl Keyd {
     fn new(script: Script) -> Self {
-        let directory = TempDir::new().expect("directory");
-        let socket = directory.path().join("keyd.sock");
         let script = Arc::new(Mutex::new(script));
-        let runtime = Runtime::new().expect("runtime");
-        let listener = runtime
-            .block_on(async { UnixListener::bind(&socket) })
-            .expect("bind");
-        runtime.spawn(
-            Server::builder()
-                .add_service(KeysServer::new(Canned(script.clone())))
-                .serve_with_incoming(UnixListenerStream::new(listener)),
-        );
+        let services = Server::builder().add_service(KeysServer::new(Canned(script.clone())));
         Self {
             script,
-            socket,
-            _directory: directory,
-            _runtime: runtime,
+            served: Served::new(services),
         }
     }
 
     fn output(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_warren"))
-            .arg("keys")
-            .args(arguments)
-            .arg("--keyd-socket")
-            .arg(&self.socket)
-            .output()
-            .expect("run")
+        self.served.output(&[&["keys"], arguments].concat())
     }
 
-    /// Exit code, standard output, standard error.
     fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let output = self.output(arguments);
-        let text = |bytes| String::from_utf8(bytes).expect("text");
-        (
-            output.status.code().expect("a code"),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        self.served.run(&[&["keys"], arguments].concat())
     }
 }
 

@@ -1,16 +1,15 @@
 //! `warren policy get`, `policy trace`, `identity` and `endpoint` as a user runs them, against a keyd with canned answers.
 
+mod support;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    process::Command,
+    io::Write as _,
     sync::{Arc, Mutex},
 };
 
 use serde_json::Value;
-use tempfile::TempDir;
-use tokio::{net::UnixListener, runtime::Runtime};
-use tokio_stream::wrappers::UnixListenerStream;
+use support::Served;
 use tonic::{Request, Response, Status, transport::Server};
 use warren_agent_api::{
     EndpointPolicyStatus, Request as Question, Response as Answer, TraceAnswer, TraceRequest, TraceVerdict,
@@ -224,47 +223,21 @@ fn endpoints(node: &str) -> Vec<EndpointPolicyStatus> {
 
 struct Keyd {
     agents: Arc<Mutex<Agents>>,
-    socket: PathBuf,
-    _directory: TempDir,
-    runtime: Runtime,
+    served: Served,
 }
 
 impl Keyd {
     fn new() -> Self {
-        let directory = TempDir::new().expect("directory");
-        let socket = directory.path().join("keyd.sock");
         let agents = Arc::<Mutex<Agents>>::default();
-        let runtime = Runtime::new().expect("runtime");
-        let listener = runtime
-            .block_on(async { UnixListener::bind(&socket) })
-            .expect("bind");
-        runtime.spawn(
-            Server::builder()
-                .add_service(AdminServer::new(Canned(agents.clone())))
-                .serve_with_incoming(UnixListenerStream::new(listener)),
-        );
+        let services = Server::builder().add_service(AdminServer::new(Canned(agents.clone())));
         Self {
             agents,
-            socket,
-            _directory: directory,
-            runtime,
+            served: Served::new(services),
         }
     }
 
-    /// Exit code, standard output, standard error.
     fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_warren"))
-            .args(arguments)
-            .arg("--keyd-socket")
-            .arg(&self.socket)
-            .output()
-            .expect("run");
-        let text = |bytes| String::from_utf8(bytes).expect("text");
-        (
-            output.status.code().expect("a code"),
-            text(output.stdout),
-            text(output.stderr),
-        )
+        self.served.run(arguments)
     }
 
     fn json(&self, arguments: &[&str]) -> (i32, Value) {
@@ -502,11 +475,11 @@ fn endpoints_of_all_nodes_and_a_node_that_is_away() {
 #[test]
 fn the_admin_service_works_through_the_streams_of_a_command() {
     let keyd = Keyd::new();
-    let count = keyd.runtime.block_on(async {
+    let count = keyd.served.runtime.block_on(async {
         let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_warren"));
         let mut child = command
             .args(["keyd-tunnel", "--keyd-socket"])
-            .arg(&keyd.socket)
+            .arg(&keyd.served.socket)
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
             .spawn()
@@ -528,4 +501,25 @@ fn the_admin_service_works_through_the_streams_of_a_command() {
         policies.len()
     });
     assert_eq!(count, 2);
+}
+
+/// `warren` closes its end while keyd still has something to say, as HTTP/2 does at the end of a connection.
+#[test]
+fn a_tunnel_whose_reader_has_gone_ends_well() {
+    let directory = tempfile::TempDir::new().expect("directory");
+    let socket = directory.path().join("keyd.sock");
+    let keyd = std::os::unix::net::UnixListener::bind(&socket).expect("bind");
+    let mut tunnel = std::process::Command::new(env!("CARGO_BIN_EXE_warren"))
+        .args(["keyd-tunnel", "--keyd-socket"])
+        .arg(&socket)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("start");
+    let (mut stream, _) = keyd.accept().expect("the tunnel connects");
+    // Kept open: the end must come from the other stream.
+    let _input = tunnel.stdin.take();
+    drop(tunnel.stdout.take());
+    stream.write_all(b"goodbye").expect("write");
+    assert!(tunnel.wait().expect("an end").success());
 }

@@ -23,6 +23,7 @@ use self::{
 use crate::{
     app::ask::Protocol,
     lab::{KEYD_SOCKET, Lab, LabOptions, Pod, PodSpec, wait::wait_until},
+    scenario::two_nodes,
 };
 
 /// Numbered packets per second and family.
@@ -330,13 +331,8 @@ fn talk(application: &[Pod]) -> Result<()> {
 
 /// Two nodes without encryption: how many packets in clear the capture sees.
 fn power_check() -> Result<u64> {
-    let options = LabOptions {
-        nodes: 2,
-        encryption: false,
-        ..LabOptions::default()
-    };
     let mut seen = 0;
-    Lab::run(options, |lab| {
+    Lab::run(two_nodes(false), |lab| {
         let capture = lab.capture()?;
         let [frontend, api, _] = tiers();
         let application = [lab.add_pod(frontend)?, lab.add_pod(api)?];

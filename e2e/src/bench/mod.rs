@@ -63,6 +63,12 @@ pub fn bpf(args: &BpfArgs) -> Result<()> {
     Ok(())
 }
 
+/// The smallest of the sorted values that at least `percent` of them do not exceed; nothing of none.
+pub(crate) fn percentile<T: Copy + Default>(sorted: &[T], percent: usize) -> T {
+    let at = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
+    sorted.get(at).copied().unwrap_or_default()
+}
+
 /// The middle one.
 fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use serde::Serialize;
 
-use super::rotation::percentile;
+use super::percentile;
 use crate::lab::{Lab, LabOptions, Node, manifests::node_file, wait::wait_until};
 
 /// The limit ends a broken run.

@@ -212,10 +212,9 @@ impl Stamps {
     }
 }
 
+/// In milliseconds, to the hundredth.
 fn percentile(sorted: &[Duration], percent: usize) -> f64 {
-    let rank = (sorted.len() * percent).div_ceil(100).max(1);
-    let value = sorted.get(rank - 1).copied().unwrap_or_default();
-    (value.as_secs_f64() * 1e5).round() / 100.0
+    (crate::bench::percentile(sorted, percent).as_secs_f64() * 1e5).round() / 100.0
 }
 
 fn collection(namespace: &str) -> String {

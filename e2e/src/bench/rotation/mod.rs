@@ -16,7 +16,11 @@ use self::{
     gone::Former,
     load::{Rates, Tally, Traffic, pods},
 };
-use crate::lab::{Lab, LabOptions, Pod, QUICKLY};
+use super::percentile;
+use crate::{
+    lab::{Lab, LabOptions, Pod, QUICKLY},
+    scenario::two_nodes,
+};
 
 /// What `warren-bench rotation` takes.
 #[derive(Debug, clap::Args)]
@@ -158,12 +162,6 @@ impl Figures {
     }
 }
 
-/// The value below which `percent` of the sorted ones are.
-pub(super) fn percentile(sorted: &[f64], percent: usize) -> f64 {
-    let at = (sorted.len() * percent).div_ceil(100).saturating_sub(1);
-    sorted.get(at).copied().unwrap_or_default()
-}
-
 /// Measures, prints and writes; bad figures are an error.
 pub fn rotation(args: &RotationArgs) -> Result<()> {
     ensure!(args.rotations > 0, "--rotations 0 measures nothing");
@@ -292,13 +290,8 @@ fn rotate_once(lab: &Lab, which: &[&str]) -> Result<f64> {
 
 /// The same traffic between two nodes without encryption: how many packets in clear the capture sees.
 pub fn power_check(rates: Rates) -> Result<u64> {
-    let options = LabOptions {
-        nodes: 2,
-        encryption: false,
-        ..LabOptions::default()
-    };
     let mut seen = 0;
-    Lab::run(options, |lab| {
+    Lab::run(two_nodes(false), |lab| {
         let pods = pods(lab)?;
         let capture = lab.capture()?;
         let traffic = Traffic::start(&pods, rates)?;
