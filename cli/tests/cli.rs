@@ -109,6 +109,7 @@ fn node(name: &str, number: u8, other: &str, other_number: u8) -> NodeStatus {
         port: 51871,
         generation: 1,
         public_key: vec![number; 32],
+        pre_shared_keys: true,
     };
     NodeStatus {
         node: Some(NodeEntry {

@@ -386,6 +386,7 @@ fn an_audit_fails_where_a_pair_disagrees() {
         verified: true,
         sending: true,
         quiet: false,
+        conflict: None,
     };
     let good = PairAudit {
         a: "node1".into(),
@@ -395,7 +396,7 @@ fn an_audit_fails_where_a_pair_disagrees() {
         paths: vec![PathAudit {
             a_generation: 1,
             b_generation: 1,
-            at_a: Some(state),
+            at_a: Some(state.clone()),
             at_b: Some(state),
         }],
     };

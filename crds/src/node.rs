@@ -115,6 +115,9 @@ pub struct SlotSpec {
     /// Base64, 44 characters.
     #[schemars(length(min = 44, max = 44))]
     pub public_key: String,
+    /// The holder of the key agrees on pre-shared keys: a path between two such keys always has one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pre_shared_keys: bool,
     /// When keyd accepted the key, Unix seconds; 0: not known.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub since: u64,
@@ -264,6 +267,7 @@ impl SlotSpec {
             port: slot.port,
             generation: slot.generation,
             public_key: slot.public_key.to_string(),
+            pre_shared_keys: slot.pre_shared_keys,
             since: 0,
         }
     }
@@ -274,6 +278,7 @@ impl SlotSpec {
             port: self.port,
             generation: self.generation,
             public_key: parse("public key", &self.public_key)?,
+            pre_shared_keys: self.pre_shared_keys,
         })
     }
 }
@@ -320,6 +325,7 @@ mod tests {
                 port: 51871,
                 generation: 2,
                 public_key: PublicKey::from_bytes([9; 32]).unwrap(),
+                pre_shared_keys: true,
             }],
             active: 2,
             last: 3,

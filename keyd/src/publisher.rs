@@ -17,6 +17,7 @@ use tokio::{
 };
 use warren_crds::MeshNodeStatus;
 use warren_keyd_api::{
+    convert::forget_to_proto,
     proto::{
         AskKey, DirectoryChunk, EndpointResult, Entry, EntryKind, Goodbye, KeyResult, KeydMessage, Manifest,
         SignedManifest, Update, Welcome, keyd_message::Body,
@@ -235,6 +236,10 @@ impl Publisher {
             | Output::Note { .. } => {}
             Output::AskKey { session, generation } => {
                 let body = Some(Body::AskKey(AskKey { generation }));
+                self.queue(session, Item::Message(KeydMessage { body }));
+            }
+            Output::ForgetPsk { session, forget } => {
+                let body = Some(Body::ForgetPsk(forget_to_proto(&forget)));
                 self.queue(session, Item::Message(KeydMessage { body }));
             }
             Output::Publish { version, change } => self.publish(version, &change),

@@ -126,13 +126,13 @@ async fn keys_that_it_does_not_hold_are_refused() {
     // Its own key's MAC for the stolen one.
     let mut challenge = hostile.challenge(stolen).await;
     challenge.public_key = proof::public_key(&own).as_bytes().to_vec();
-    let mut forged = proof::answer(&challenge, &own, &uid, 1).unwrap();
+    let mut forged = proof::answer(&challenge, &own, &uid, 1, false).unwrap();
     forged.public_key = stolen.as_bytes().to_vec();
     assert!(!hostile.answer(forged).await.accepted);
 
     // A replayed answer: the challenge was used up.
     let challenge = hostile.challenge(proof::public_key(&own)).await;
-    let mut answer = proof::answer(&challenge, &own, &uid, 1).unwrap();
+    let mut answer = proof::answer(&challenge, &own, &uid, 1, false).unwrap();
     answer.mac[0] ^= 1;
     assert!(!hostile.answer(answer.clone()).await.accepted);
     answer.mac[0] ^= 1;
@@ -151,14 +151,14 @@ async fn keys_that_it_does_not_hold_are_refused() {
     let other = honest.uid.as_str().into();
     assert!(
         !hostile
-            .answer(proof::answer(&challenge, &own, &other, 1).unwrap())
+            .answer(proof::answer(&challenge, &own, &other, 1, false).unwrap())
             .await
             .accepted
     );
     let challenge = hostile.challenge(proof::public_key(&own)).await;
     assert!(
         !hostile
-            .answer(proof::answer(&challenge, &own, &uid, 2).unwrap())
+            .answer(proof::answer(&challenge, &own, &uid, 2, false).unwrap())
             .await
             .accepted
     );

@@ -31,6 +31,11 @@ impl Config {
             options,
         })
     }
+
+    /// Whether new keys of this node come with pre-shared keys.
+    pub(crate) fn pre_shared_keys(&self) -> bool {
+        self.cluster.pre_shared_keys && warren_net::has_ipv6()
+    }
 }
 
 fn read_cluster(path: &Path) -> Result<ClusterConfig> {

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write as _},
+    io::{self, Seek as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
@@ -200,6 +200,14 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
         File::open(directory)?.sync_all()
     };
     write().with_context(context)
+}
+
+/// Overwrites a file's content and syncs it: secrets that its name does not lead to any more, or soon will not.
+pub(crate) fn overwrite(mut file: &File) -> io::Result<()> {
+    let length = usize::try_from(file.metadata()?.len()).unwrap_or_default();
+    file.rewind()?;
+    file.write_all(&vec![0; length])?;
+    file.sync_all()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod keys;
 mod machine;
 mod metrics;
 mod policy;
+mod psk;
 mod query;
 mod runner;
 mod server;

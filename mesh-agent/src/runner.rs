@@ -15,7 +15,7 @@ use tokio::{
     time::Instant,
 };
 use warren_agent_api::{Attachment, Request, Response};
-use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, policy::LocalEndpoint};
+use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, policy::LocalEndpoint, psk::Exchanges};
 use warren_keyd_api::snapshot::Directory;
 use warren_model::{Datapath, IdentityId, PodRef, PublicKey, policy::NodeFacts};
 use warren_net::Net;
@@ -31,7 +31,7 @@ use crate::{
     machine::Machine,
     metrics::{self, Health},
     policy::{Enforcer, Shared, ToEnforcer},
-    query, server, status, tunnel,
+    psk, query, server, status, tunnel,
 };
 
 /// How often the state is reported to `keyd`.
@@ -42,6 +42,8 @@ const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 const FORWARD_INTERVAL: Duration = Duration::from_secs(60);
 /// How long the node's state waits for the policies of its pods.
 const POLICY_TIME: Duration = Duration::from_secs(5);
+/// How often the node is looked at again at once, as what was done makes more to do; then inputs come first.
+const MOST_IN_A_ROW: u32 = 3;
 /// How long the end of a pod is told again to a `keyd` that was connected anew.
 const REPORT_AGAIN: Duration = Duration::from_secs(15);
 
@@ -67,6 +69,19 @@ pub(crate) enum Input {
     Network,
     /// The tunnel process was started anew: it knows nothing.
     TunnelStarted,
+    /// A packet of the exchange of pre-shared keys.
+    Exchange(psk::Packet),
+}
+
+/// What there is to do when nothing has happened for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    /// Compare everything.
+    Compare,
+    /// A pair may be about to change: a look at the tunnels is enough.
+    Look,
+    /// An exchange has something to say.
+    Exchange,
 }
 
 /// A pod whose CNI ADD waits for its programs.
@@ -97,6 +112,10 @@ pub(crate) struct Runner {
     pub(crate) expires_unix_ms: Option<i64>,
     /// This node's private keys.
     keys: KeyStore,
+    /// What exchanges of pre-shared keys have in memory.
+    secrets: psk::Secrets,
+    /// Where their packets come and go.
+    links: psk::Links,
     /// `keyd`'s refusals of this node's keys, by generation.
     pub(crate) key_refusals: BTreeMap<u64, String>,
     /// `keyd`'s refusals of pods that are there.
@@ -151,7 +170,7 @@ async fn run(config: Config) -> Result<()> {
     let net = Net::open().await?;
     let keys = state.keys()?;
     if keys.keyring().held().is_empty() {
-        keys.make(1)?;
+        keys.make(1, config.pre_shared_keys())?;
     }
     let (datapath, changed) = config::choose_datapath(config.cluster.datapath, &state, &net).await?;
     tracing::info!(node = %config.node, %datapath, changed, cluster = ?config.cluster, "starting");
@@ -185,6 +204,7 @@ async fn run(config: Config) -> Result<()> {
         inputs.clone(),
         to_keyd,
         (to_enforcer.clone(), shared.clone()),
+        psk::salt()?,
     );
     let mut contents = Contents::default();
     if let Some(directory) = &directory {
@@ -274,10 +294,12 @@ impl Runner {
         inputs: mpsc::UnboundedSender<Input>,
         to_keyd: mpsc::UnboundedSender<ToKeyd>,
         (enforcer, shared): (std::sync::mpsc::Sender<ToEnforcer>, Shared),
+        salt: [u8; 7],
     ) -> Self {
         let saved = state.load_endpoints();
         let mut agent = Agent::new(settings, keys.keyring());
         agent.restore_endpoints(saved.endpoints.clone());
+        agent.restore_pre_shared_keys(Exchanges::new(keys.records(), salt));
         let unreported = saved
             .unreported
             .iter()
@@ -298,6 +320,8 @@ impl Runner {
             unreadable: Vec::new(),
             expires_unix_ms: None,
             keys,
+            secrets: psk::Secrets::default(),
+            links: psk::Links::default(),
             key_refusals: BTreeMap::new(),
             pod_refusals: BTreeMap::new(),
             waiting: Vec::new(),
@@ -328,7 +352,7 @@ impl Runner {
         let mut compare = tokio::time::interval(COMPARE_INTERVAL);
         let mut forward = tokio::time::interval(FORWARD_INTERVAL);
         loop {
-            let due = self.due();
+            let (due, wake) = self.due();
             tokio::select! {
                 input = inputs.recv() => {
                     let Some(input) = input else { return Ok(()) };
@@ -344,14 +368,24 @@ impl Runner {
                     self.dirty = true;
                 }
                 _ = forward.tick() => self.machine.allow_forward().await,
-                () = tokio::time::sleep_until(due) => self.wake(),
+                () = tokio::time::sleep_until(due) => match wake {
+                    Wake::Compare => self.dirty = true,
+                    Wake::Look => self.look = true,
+                    Wake::Exchange => {}
+                },
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
             }
-            if self.dirty {
-                self.reconcile().await;
-            } else if std::mem::take(&mut self.look) {
-                self.look().await;
+            self.exchange();
+            for _ in 0..MOST_IN_A_ROW {
+                if self.dirty {
+                    self.reconcile().await;
+                } else if std::mem::take(&mut self.look) {
+                    self.look().await;
+                } else {
+                    break;
+                }
+                self.exchange();
             }
             self.health.beat();
         }
@@ -360,24 +394,18 @@ impl Runner {
         Ok(())
     }
 
-    /// Time has come for something: where it is only that a pair may be about to change, a look at the tunnels is enough.
-    fn wake(&mut self) {
-        match self.agent.next_look() {
-            Some(look)
-                if self.started + look <= Instant::now() && self.due_besides_looks() > Instant::now() =>
-            {
-                self.look = true;
-            }
-            _ => self.dirty = true,
-        }
-    }
-
     /// When something is to be done though nothing happens.
-    fn due(&self) -> Instant {
-        let due = self.due_besides_looks();
-        self.agent
-            .next_look()
-            .map_or(due, |look| due.min(self.started + look))
+    fn due(&self) -> (Instant, Wake) {
+        let at = |time: Duration, wake| (self.started + time, wake);
+        let look = self.agent.next_look().map(|look| at(look, Wake::Look));
+        let exchange = self.agent.next_exchange(self.now());
+        let exchange = exchange.map(|time| at(time, Wake::Exchange));
+        let compare = (self.due_besides_looks(), Wake::Compare);
+        let first = [look, exchange].into_iter().flatten().min_by_key(|(at, _)| *at);
+        match first {
+            Some(first) if first.0 < compare.0 => first,
+            _ => compare,
+        }
     }
 
     fn due_besides_looks(&self) -> Instant {
@@ -407,6 +435,11 @@ impl Runner {
             Input::Local(request, reply) => self.local(request, reply).await,
             Input::Identity(attachment, result, reply) => cni::identified(self, *attachment, result, reply),
             Input::Reported(pod, result) => self.reported(pod, result),
+            Input::Exchange(packet) => {
+                let now = self.now();
+                let exchanges = self.agent.exchanges();
+                exchanges.received(now, packet.slot, packet.from, &packet.bytes);
+            }
         }
     }
 
@@ -446,6 +479,12 @@ impl Runner {
             FromKeyd::NewKey => {
                 self.agent.set_keyring(self.keys.keyring());
                 self.dirty = true;
+            }
+            FromKeyd::Forget(forget) => {
+                let (peer, own, other) = (&forget.peer, forget.own, forget.other);
+                tracing::warn!(%peer, own, other, id = %forget.id, "keyd says that a pre-shared key is to be forgotten");
+                let now = self.now();
+                self.agent.forget_psk(now, &forget);
             }
         }
     }
@@ -534,11 +573,31 @@ impl Runner {
                 let _ = self.enforcer.send(ToEnforcer::Moved);
             }
         }
+        let links = self.agent.exchange_links(&self.observed);
+        let links = links.filter_map(|(slot, address)| Some((slot, self.machine.ifindex(slot)?, address)));
+        self.links.sync(links, &self.inputs);
+        // Whoever waits for what was done should not wait for the next look.
+        self.look |= self.changed && self.agent.is_opening();
         self.report_paths();
         self.destroy_keys();
         self.save_endpoints();
         self.settle();
         self.health.set_ready(self.not_ready().is_none());
+    }
+
+    /// Does what the exchanges of pre-shared keys have to do. What follows from it for devices comes with the next look.
+    fn exchange(&mut self) {
+        loop {
+            let now = self.now();
+            let works = self.agent.exchanges().poll(now);
+            if works.is_empty() {
+                break;
+            }
+            for done in self.secrets.work(works, &self.keys, &self.links) {
+                self.agent.exchanges().done(now, done);
+            }
+        }
+        self.look |= self.agent.exchanges().take_changed();
     }
 
     /// Tells `keyd` what the devices showed of the paths, where that has changed.

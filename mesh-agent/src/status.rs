@@ -8,13 +8,15 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use ipnet::IpNet;
 use warren_agent_api::{
     AgentStatus, EncryptStatus, EndpointStatus, GenerationStatus, InterfaceStatus, KeyPhase, KeyState,
     KeyStatus, PeerStatus, PolicySummary, Request, Response, call,
 };
 use warren_agent_core::{mismatches, slot_device};
 use warren_keyd_api::{convert, proto};
-use warren_model::Datapath;
+use warren_model::{Datapath, NodeRecord, PublicKey};
+use warren_wireguard::PeerState;
 
 use crate::{
     cli::{Output, StatusOptions},
@@ -53,6 +55,7 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
                 .map(|reason| format!("keyd refuses this node's key: {reason}")),
         );
         faults.extend(differences(runner));
+        faults.extend(awaited(runner));
     }
     if faults.len() > MOST_MISMATCHES {
         let more = faults.len() - MOST_MISMATCHES;
@@ -126,8 +129,16 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
             continue;
         };
         let now = SystemTime::now();
-        peers.extend(dump.peers.into_iter().map(|peer| {
+        // Those where pre-shared keys are agreed on carry nothing.
+        let of_mesh = dump.peers.into_iter().filter(|peer| !is_exchange(peer));
+        peers.extend(of_mesh.map(|peer| {
+            let shared = peer.pre_shared_key.is_some();
+            let why_not = public_key
+                .filter(|_| !shared)
+                .map(|own| no_pre_shared_key(runner, &own, &peer.public_key));
             PeerStatus {
+                pre_shared_key: shared,
+                no_pre_shared_key: why_not,
                 node: runner.agent.node_of_key(&peer.public_key).cloned(),
                 interface: name.clone(),
                 public_key: peer.public_key,
@@ -142,6 +153,59 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
         }));
     }
     (interfaces, peers)
+}
+
+fn is_exchange(peer: &PeerState) -> bool {
+    let link_local = |prefix: &IpNet| match prefix {
+        IpNet::V4(_) => false,
+        IpNet::V6(prefix) => prefix.addr().is_unicast_link_local(),
+    };
+    !peer.allowed_ips.is_empty() && peer.allowed_ips.iter().all(link_local)
+}
+
+/// Why a path has no pre-shared key.
+fn no_pre_shared_key(runner: &Runner, own: &PublicKey, peer: &PublicKey) -> String {
+    let with = |record: Option<&NodeRecord>, key: &PublicKey| {
+        let slot = record?.slots.iter().find(|slot| slot.public_key == *key)?;
+        Some((slot.generation, slot.pre_shared_keys))
+    };
+    let agent = &runner.agent;
+    let other = agent.node_of_key(peer).and_then(|name| agent.node(name));
+    match (with(agent.own_record(), own), with(other, peer)) {
+        (Some((_, false)), _) if !runner.config.cluster.pre_shared_keys => {
+            "preSharedKeys is off in the cluster's configuration".into()
+        }
+        (Some((_, false)), _) if !runner.config.pre_shared_keys() => {
+            "this node has no IPv6, which it needs".into()
+        }
+        (Some((generation, false)), _) => {
+            format!("this node's key of generation {generation} was made without: rotate it")
+        }
+        (Some(_), Some((generation, false))) => {
+            format!("the peer's key of generation {generation} was made without: rotate it")
+        }
+        (Some(_), Some(_)) => "the device has lost it: it is added again".into(),
+        (None, _) | (_, None) => "the directory does not know the keys".into(),
+    }
+}
+
+/// Peers that wait for a pre-shared key, for as long as a handshake may take.
+fn awaited(runner: &Runner) -> Vec<String> {
+    let (now, patience) = (runner.now(), Duration::from_secs(FRESH));
+    let awaited = runner.agent.awaited_psks();
+    let late = awaited.filter(|awaited| now.saturating_sub(awaited.since) > patience || awaited.conflict);
+    late.map(|awaited| match awaited.conflict {
+        true => format!(
+            "a pre-shared key with node {} is lost (a disk was set back): another one is agreed on when keyd has reached both \
+             nodes",
+            awaited.node
+        ),
+        false => format!(
+            "no pre-shared key with node {} is agreed on: it does not answer on UDP port {} of its addresses",
+            awaited.node, awaited.port
+        ),
+    })
+    .collect()
 }
 
 /// This node's keys, and how far a change of them is.
@@ -347,14 +411,20 @@ pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentS
             received_bytes: peer.received_bytes,
             sent_bytes: peer.sent_bytes,
             ready: peer.last_handshake_seconds.is_some_and(|age| age <= FRESH),
+            pre_shared_key: peer.pre_shared_key,
+            no_pre_shared_key: peer.no_pre_shared_key.clone().unwrap_or_default(),
         }
     });
+    let own_keys = runner.agent.own_keys();
     let slots = status.interfaces.iter().filter_map(|interface| {
         Some(proto::Slot {
             slot: interface.slot.into(),
             port: interface.port.into(),
             generation: interface.generation,
             public_key: interface.public_key?.as_bytes().to_vec(),
+            pre_shared_keys: own_keys
+                .as_ref()
+                .is_some_and(|own| own.agrees(interface.generation)),
         })
     });
     let agent = agent(runner);
@@ -509,6 +579,12 @@ fn peer_text(out: &mut String, peer: &PeerStatus) {
         prefixes.join(", ")
     };
     let _ = writeln!(out, "  allowed prefixes: {prefixes}");
+    let shared = match (&peer.no_pre_shared_key, peer.pre_shared_key) {
+        (_, true) => "post-quantum (ML-KEM-768 + X25519)".to_owned(),
+        (Some(why), false) => format!("none ({why})"),
+        (None, false) => "none".to_owned(),
+    };
+    let _ = writeln!(out, "  pre-shared key: {shared}");
 }
 
 fn agent_text(status: &AgentStatus) -> String {

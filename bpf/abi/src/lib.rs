@@ -22,6 +22,9 @@ pub use reason::{DropReason, Hook};
 
 /// Version of the maps. Part of the path that they are pinned under.
 pub const VERSION: u32 = 2;
+/// UDP port at both ends of the exchange of pre-shared keys between link-local addresses of tunnel devices. Below 1024: only
+/// root may have it. Not assigned by IANA.
+pub const EXCHANGE_PORT: u16 = 878;
 /// Largest endpoint index that the mark can hold.
 pub const MAX_ENDPOINT_INDEX: u16 = 0xfff;
 /// Most addresses of one family that an endpoint can have.

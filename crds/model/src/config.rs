@@ -66,6 +66,10 @@ pub struct ClusterConfig {
     /// Persistent keepalive, seconds; 0 turns it off.
     #[serde(default = "default_keepalive")]
     pub keepalive_seconds: u16,
+    /// Whether new WireGuard keys come with pre-shared keys: each pair of nodes agrees on one by ML-KEM-768 and X25519 inside
+    /// a tunnel. A change takes effect with the next rotation.
+    #[serde(default = "yes")]
+    pub pre_shared_keys: bool,
     /// The bits of the packet mark that are Warren's; at least 13 bits.
     #[serde(default = "default_mark_mask")]
     pub mark_mask: u32,

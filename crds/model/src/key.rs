@@ -156,6 +156,57 @@ impl fmt::Debug for PrivateKey {
     }
 }
 
+/// A WireGuard pre-shared key, of two nodes and one pair of their key generations. Redacts and wipes itself as a
+/// [`PrivateKey`] does.
+#[derive(Clone, PartialEq, Eq)]
+pub struct PreSharedKey(Box<[u8; 32]>);
+
+impl Drop for PreSharedKey {
+    fn drop(&mut self) {
+        self.0.zeroize();
+    }
+}
+
+impl PreSharedKey {
+    /// Takes 32 bytes; all zero means "none" to WireGuard and is refused.
+    pub fn from_bytes(bytes: &[u8; 32]) -> Option<Self> {
+        if *bytes == [0; 32] {
+            return None;
+        }
+        let mut key = Self(Box::new([0; 32]));
+        key.0.copy_from_slice(bytes);
+        Some(key)
+    }
+
+    /// The key itself, for the device and for the file that keeps it; nowhere else.
+    pub fn expose(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for PreSharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PreSharedKey(redacted)")
+    }
+}
+
+/// Names a pre-shared key without telling it: the first half of a hash of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PskId(pub [u8; 16]);
+
+impl fmt::Debug for PskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PskId({self})")
+    }
+}
+
+impl fmt::Display for PskId {
+    /// The first 8 hexadecimal digits.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..4].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -190,5 +241,8 @@ mod tests {
             format!("{:?}", PrivateKey::from_bytes([7; 32])),
             "PrivateKey(redacted)"
         );
+        let shared = PreSharedKey::from_bytes(&[7; 32]);
+        assert_eq!(format!("{shared:?}"), "Some(PreSharedKey(redacted))");
+        assert_eq!(PreSharedKey::from_bytes(&[0; 32]), None);
     }
 }

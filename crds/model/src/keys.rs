@@ -4,10 +4,10 @@
 //! has devices of its own, and which ones follows from the two generations alone: a node's slot is
 //! `2 * half(own generation) + half(peer's generation)`. Why it is so: `rotation` in keyd's core.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::Ipv6Addr};
 
 use crate::{
-    key::PublicKey,
+    key::{PskId, PublicKey},
     node::{NodeName, NodeUid, SlotKey},
 };
 
@@ -92,6 +92,13 @@ impl NodeKeys {
             .map(|slot| slot.public_key)
     }
 
+    /// Whether the holder of a published generation's key agrees on pre-shared keys.
+    pub fn agrees(&self, generation: u64) -> bool {
+        self.slots
+            .iter()
+            .any(|slot| slot.generation == generation && slot.pre_shared_keys)
+    }
+
     /// The key of a generation in one slot.
     pub fn at(&self, slot: u8, generation: u64) -> Option<&SlotKey> {
         self.slots
@@ -130,9 +137,8 @@ impl NodeKeys {
                 "key generation {generation} is beyond {MAX_GENERATION}, the last one"
             ));
         }
-        if (first.generation, first.public_key) != (second.generation, second.public_key)
-            || [first.slot, second.slot] != slots_of(generation)
-        {
+        let key = |slot: &SlotKey| (slot.generation, slot.public_key, slot.pre_shared_keys);
+        if key(first) != key(second) || [first.slot, second.slot] != slots_of(generation) {
             return Err(format!(
                 "key generation {generation} belongs in slots {:?}, one key in both",
                 slots_of(generation)
@@ -192,6 +198,41 @@ pub struct PathState {
     pub sending: bool,
     /// On its way out, and nothing has arrived on it for a while.
     pub quiet: bool,
+    /// The ends have different pre-shared keys of it: it cannot carry anything until both have forgotten theirs.
+    pub conflict: Option<PskConflict>,
+}
+
+/// The pre-shared keys that the ends of a path have; `None` for none. They differ: one end has lost something (its disk was
+/// set back).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PskConflict {
+    /// The reporting node's.
+    pub own: Option<PskId>,
+    /// The peer's, as it said inside the tunnel.
+    pub peer: Option<PskId>,
+}
+
+/// `keyd`'s word that a pre-shared key is to be forgotten, so that both ends agree on another one. No other key than this
+/// is meant: late or repeated, it does no harm.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForgetPsk {
+    /// The node at the other end.
+    pub peer: NodeName,
+    /// Generation of the key of the node that is told.
+    pub own: u64,
+    /// Generation of the peer's key.
+    pub other: u64,
+    /// The key.
+    pub id: PskId,
+}
+
+/// The link-local address of a device, which follows from its key: `fe80::` and the first 64 bits of that. Only the
+/// exchange of pre-shared keys has to do with it.
+pub fn link_address(key: &PublicKey) -> Ipv6Addr {
+    let mut octets = [0; 16];
+    octets[..2].copy_from_slice(&[0xfe, 0x80]);
+    octets[8..].copy_from_slice(&key.as_bytes()[..8]);
+    octets.into()
 }
 
 /// All paths to one peer; replaces what was reported of that peer before. Without paths: the peer is gone.

@@ -15,7 +15,7 @@ pub mod workload;
 
 pub use config::{ClusterConfig, DatapathChoice, PrefixSource};
 pub use identity::{IdentityId, Labels};
-pub use key::{KeyError, PrivateKey, PublicKey};
-pub use keys::{KEY_SLOTS, NodeKeys};
+pub use key::{KeyError, PreSharedKey, PrivateKey, PskId, PublicKey};
+pub use keys::{ForgetPsk, KEY_SLOTS, NodeKeys, PskConflict, link_address};
 pub use node::{Datapath, NodeName, NodeRecord, NodeUid, SlotKey};
 pub use workload::{PodRef, WorkloadRecord};

@@ -87,6 +87,10 @@ pub struct SlotKey {
     pub generation: u64,
     /// The device's public key. A key fills both slots of its generation's half ([`crate::keys`]).
     pub public_key: PublicKey,
+    /// Whether the holder of this key agrees on pre-shared keys. A path between two such keys always has one, any other
+    /// never. Said when the key is offered; never changes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pre_shared_keys: bool,
 }
 
 /// What the directory publishes of one node.

@@ -71,6 +71,7 @@ impl LabOptions {
             keyd_port: 4250,
             apiserver_port: 6443,
             keepalive_seconds: 25,
+            pre_shared_keys: true,
             mark_mask: 0x3f7f,
             node_ports: (30_000, 32_767),
             host_reaches_pods: true,

@@ -262,6 +262,7 @@ impl World {
             port: 51871 + u16::from(slot),
             generation,
             public_key,
+            pre_shared_keys: true,
         };
         self.say(connection, Up::Offer(slots_of(generation).map(place).to_vec()));
         Ok(())

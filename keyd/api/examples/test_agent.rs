@@ -138,7 +138,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
                         mac: vec![0; 32],
                     }
                 } else {
-                    proof::answer(&challenge, &key, &uid.as_str().into(), 1)?
+                    proof::answer(&challenge, &key, &uid.as_str().into(), 1, false)?
                 };
                 stream.send(Say::KeyProof(answer)).await;
             }
@@ -153,6 +153,7 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
             }
             Heard::Goodbye(goodbye) => return Err(goodbye.reason.into()),
             Heard::AskKey(ask) => print("ask-key", &ask.generation.to_string()),
+            Heard::ForgetPsk(forget) => print("forget-psk", &forget.peer),
             Heard::Question(question) => print("question", &question.request_json),
             Heard::Update(update) => {
                 if directory.apply(update)?.is_none() {
@@ -198,6 +199,7 @@ async fn greet(
             port: 51871,
             generation: 1,
             public_key,
+            pre_shared_keys: false,
         }))
         .await;
     if let Some(endpoint) = &options.endpoint {

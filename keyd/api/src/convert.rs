@@ -13,7 +13,8 @@ use warren_model::{
 mod keys;
 
 pub use self::keys::{
-    held_from_proto, held_to_proto, key_to_offer, report_from_proto, report_to_proto, slots_from_offer,
+    forget_from_proto, forget_to_proto, held_from_proto, held_to_proto, key_to_offer, path_to_proto,
+    report_from_proto, report_to_proto, slots_from_offer,
 };
 use crate::proto;
 
@@ -307,14 +308,20 @@ pub fn slot_to_proto(slot: &SlotKey) -> proto::Slot {
         port: slot.port.into(),
         generation: slot.generation,
         public_key: slot.public_key.as_bytes().to_vec(),
+        pre_shared_keys: slot.pre_shared_keys,
     }
 }
 
 /// Parses a slot; zero and low-order keys are refused.
 pub fn slot_from_proto(slot: &proto::Slot) -> Result<SlotKey, ConvertError> {
-    slot_from_parts(slot.slot, slot.port, slot.generation, &slot.public_key)
+    let key = slot_from_parts(slot.slot, slot.port, slot.generation, &slot.public_key)?;
+    Ok(SlotKey {
+        pre_shared_keys: slot.pre_shared_keys,
+        ..key
+    })
 }
 
+/// A slot without pre-shared keys.
 fn slot_from_parts(slot: u32, port: u32, generation: u64, key: &[u8]) -> Result<SlotKey, ConvertError> {
     let range = |field, value: u32| ConvertError::Range {
         field,
@@ -335,6 +342,7 @@ fn slot_from_parts(slot: u32, port: u32, generation: u64, key: &[u8]) -> Result<
         port: udp_port.ok_or_else(|| range("port", port))?,
         generation,
         public_key: PublicKey::try_from(key).map_err(|error| ConvertError::Key { slot, error })?,
+        pre_shared_keys: false,
     })
 }
 
@@ -450,6 +458,7 @@ mod tests {
                 port: 51873,
                 generation: 7,
                 public_key: PublicKey::from_bytes([9; 32]).unwrap(),
+                pre_shared_keys: true,
             }],
             active: 7,
             last: 8,

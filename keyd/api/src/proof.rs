@@ -2,7 +2,7 @@
 //!
 //! `keyd` sends a nonce and an ephemeral X25519 key; the agent answers with HMAC-SHA256, keyed with the
 //! Diffie-Hellman secret of its private key and the ephemeral one, over the nonce, its node's UID, the public
-//! key and the generation. Only the holder of the private key can compute it, and only for this challenge,
+//! key and the generation, under a label that says whether it agrees on pre-shared keys. Only the holder of the private key can compute it, and only for this challenge,
 //! node and generation: no signature scheme is needed for a Diffie-Hellman key.
 
 use aws_lc_rs::{
@@ -16,6 +16,8 @@ use crate::proto;
 
 /// Domain separation of the MAC.
 const LABEL: &[u8] = b"warren-pop-v1";
+/// The same for a key whose holder agrees on pre-shared keys.
+const PSK_LABEL: &[u8] = b"warren-pop-psk-v1";
 
 /// Why a proof is refused, or cannot be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -35,6 +37,9 @@ pub enum ProofError {
     /// The nonce is not the one of the open challenge (replayed, or too late).
     #[error("the proof answers a challenge that is not open")]
     Replay,
+    /// The key was made without pre-shared keys, and is challenged as one with them.
+    #[error("the challenge is for a key with pre-shared keys, which this one was made without")]
+    PreSharedKeys,
     /// The MAC is wrong: the sender does not hold the private key, or is another node.
     #[error("the proof is wrong: the sender does not hold the private key")]
     Mac,
@@ -89,6 +94,7 @@ impl Challenge {
             public_key: self.slot.public_key.as_bytes().to_vec(),
             nonce: self.nonce.to_vec(),
             ephemeral_key: DhPublic::from(&self.ephemeral).as_bytes().to_vec(),
+            pre_shared_keys: self.slot.pre_shared_keys,
         }
     }
 
@@ -106,6 +112,7 @@ impl Challenge {
             &self.node,
             &self.slot.public_key,
             self.slot.generation,
+            self.slot.pre_shared_keys,
         );
         // `hmac::verify` compares in constant time.
         hmac::verify(&key, &text, &answer.mac).map_err(|_| ProofError::Mac)?;
@@ -113,14 +120,17 @@ impl Challenge {
     }
 }
 
-/// The agent's side: answers a challenge for its own key of that generation. `public` is the key that belongs
-/// to `private` (see [`public_key`]).
+/// The agent's side: answers a challenge for its own key of that generation. `pre_shared_keys`: it was made with them.
 pub fn answer(
     challenge: &proto::KeyChallenge,
     private: &PrivateKey,
     node: &NodeUid,
     generation: u64,
+    pre_shared_keys: bool,
 ) -> Result<proto::KeyProof, ProofError> {
+    if challenge.pre_shared_keys && !pre_shared_keys {
+        return Err(ProofError::PreSharedKeys);
+    }
     let secret = StaticSecret::from(*private.expose());
     let public = DhPublic::from(&secret);
     if challenge.public_key != public.as_bytes() {
@@ -135,7 +145,8 @@ pub fn answer(
         PublicKey::try_from(challenge.ephemeral_key.as_slice()).map_err(|_| ProofError::Ephemeral)?;
     let public = PublicKey::from_bytes(public.to_bytes()).map_err(|_| ProofError::ZeroSecret)?;
     let key = mac_key(&secret, &DhPublic::from(*ephemeral.as_bytes()))?;
-    let mac = hmac::sign(&key, &mac_text(&nonce, node, &public, generation));
+    let text = mac_text(&nonce, node, &public, generation, challenge.pre_shared_keys);
+    let mac = hmac::sign(&key, &text);
     Ok(proto::KeyProof {
         public_key: challenge.public_key.clone(),
         nonce: nonce.to_vec(),
@@ -168,9 +179,15 @@ fn mac_key(own: &StaticSecret, other: &DhPublic) -> Result<hmac::Key, ProofError
     Ok(hmac::Key::new(hmac::HMAC_SHA256, shared.as_bytes()))
 }
 
-fn mac_text(nonce: &[u8; 32], node: &NodeUid, key: &PublicKey, generation: u64) -> Vec<u8> {
+fn mac_text(
+    nonce: &[u8; 32],
+    node: &NodeUid,
+    key: &PublicKey,
+    generation: u64,
+    pre_shared_keys: bool,
+) -> Vec<u8> {
     [
-        LABEL,
+        if pre_shared_keys { PSK_LABEL } else { LABEL },
         nonce,
         node.as_str().as_bytes(),
         key.as_bytes(),
@@ -193,6 +210,7 @@ mod tests {
             port: 51871,
             generation: 3,
             public_key: public_key(private),
+            pre_shared_keys: false,
         }
     }
 
@@ -204,7 +222,7 @@ mod tests {
     fn the_holder_proves_its_key() {
         let key = private(1);
         let challenge = Challenge::new(uid(), slot(&key)).unwrap();
-        let proof = answer(&challenge.message(), &key, &uid(), 3).unwrap();
+        let proof = answer(&challenge.message(), &key, &uid(), 3, false).unwrap();
         assert_eq!(challenge.verify(&proof), Ok(slot(&key)));
     }
 
@@ -214,33 +232,60 @@ mod tests {
         let open = || Challenge::new(uid(), slot(&key)).unwrap();
 
         let challenge = open();
-        let proof = answer(&challenge.message(), &key, &"uid2".into(), 3).unwrap();
+        let proof = answer(&challenge.message(), &key, &"uid2".into(), 3, false).unwrap();
         assert_eq!(challenge.verify(&proof), Err(ProofError::Mac));
 
         let challenge = open();
-        let proof = answer(&challenge.message(), &key, &uid(), 4).unwrap();
+        let proof = answer(&challenge.message(), &key, &uid(), 4, false).unwrap();
         assert_eq!(challenge.verify(&proof), Err(ProofError::Mac));
 
         let old = open();
-        let replayed = answer(&old.message(), &key, &uid(), 3).unwrap();
+        let replayed = answer(&old.message(), &key, &uid(), 3, false).unwrap();
         assert_eq!(open().verify(&replayed), Err(ProofError::Replay));
 
         let challenge = open();
         assert_eq!(
-            answer(&challenge.message(), &private(2), &uid(), 3),
+            answer(&challenge.message(), &private(2), &uid(), 3, false),
             Err(ProofError::OtherKey)
         );
 
         // A thief who claims the key and answers with his own private one.
         let mut message = challenge.message();
         message.public_key = public_key(&private(2)).as_bytes().to_vec();
-        let mut proof = answer(&message, &private(2), &uid(), 3).unwrap();
+        let mut proof = answer(&message, &private(2), &uid(), 3, false).unwrap();
         proof.public_key = slot(&key).public_key.as_bytes().to_vec();
         assert_eq!(challenge.verify(&proof), Err(ProofError::Mac));
 
         let challenge = open();
-        let mut proof = answer(&challenge.message(), &key, &uid(), 3).unwrap();
+        let mut proof = answer(&challenge.message(), &key, &uid(), 3, false).unwrap();
         proof.mac.truncate(16);
+        assert_eq!(challenge.verify(&proof), Err(ProofError::Mac));
+    }
+
+    #[test]
+    fn the_proof_says_whether_there_are_pre_shared_keys() {
+        let key = private(1);
+        let with = SlotKey {
+            pre_shared_keys: true,
+            ..slot(&key)
+        };
+        let open = |slot: &SlotKey| Challenge::new(uid(), slot.clone()).unwrap();
+        let challenge = open(&with);
+        let proof = answer(&challenge.message(), &key, &uid(), 3, true).unwrap();
+        assert_eq!(challenge.verify(&proof), Ok(with.clone()));
+        // A keyd that does not know of them publishes the key without.
+        let challenge = open(&slot(&key));
+        let proof = answer(&challenge.message(), &key, &uid(), 3, true).unwrap();
+        assert_eq!(challenge.verify(&proof), Ok(slot(&key)));
+        // Nobody on the way adds or takes them.
+        let challenge = open(&with);
+        assert_eq!(
+            answer(&challenge.message(), &key, &uid(), 3, false),
+            Err(ProofError::PreSharedKeys)
+        );
+        let mut message = challenge.message();
+        message.pre_shared_keys = false;
+        let proof = answer(&message, &key, &uid(), 3, true).unwrap();
         assert_eq!(challenge.verify(&proof), Err(ProofError::Mac));
     }
 
@@ -249,8 +294,14 @@ mod tests {
         let key = private(1);
         let mut message = Challenge::new(uid(), slot(&key)).unwrap().message();
         message.ephemeral_key = vec![0; 32];
-        assert_eq!(answer(&message, &key, &uid(), 3), Err(ProofError::Ephemeral));
+        assert_eq!(
+            answer(&message, &key, &uid(), 3, false),
+            Err(ProofError::Ephemeral)
+        );
         message.ephemeral_key = vec![1; 31];
-        assert_eq!(answer(&message, &key, &uid(), 3), Err(ProofError::Ephemeral));
+        assert_eq!(
+            answer(&message, &key, &uid(), 3, false),
+            Err(ProofError::Ephemeral)
+        );
     }
 }

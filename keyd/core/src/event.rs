@@ -7,8 +7,8 @@ use std::{
 
 use ipnet::IpNet;
 use warren_model::{
-    Datapath, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, NodeUid, PodRef, PublicKey, SlotKey,
-    WorkloadRecord,
+    Datapath, ForgetPsk, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, NodeUid, PodRef, PublicKey,
+    SlotKey, WorkloadRecord,
     keys::PairReport,
     policy::{NamedPorts, NodeFacts, PolicyError, PolicyRef, Rule, Selector, SelectorId, Validity},
 };
@@ -347,6 +347,13 @@ pub enum Output {
         session: SessionId,
         /// The generation.
         generation: u64,
+    },
+    /// Tell an agent which pre-shared key to forget.
+    ForgetPsk {
+        /// Which stream.
+        session: SessionId,
+        /// The key.
+        forget: ForgetPsk,
     },
     /// What there is to say of a rotation has changed.
     Rotation(String),

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use warren_keyd_api::proto::{AgentStatus, PairAudit, PathAudit, PathState as Wire, PeerStatus};
+use warren_keyd_api::{
+    convert::path_to_proto,
+    proto::{AgentStatus, PairAudit, PathAudit, PeerStatus},
+};
 use warren_model::{NodeKeys, NodeName, keys::PathState};
 
 use super::Hub;
@@ -126,13 +129,6 @@ fn fault_of_device(here: &End<'_>, there: &End<'_>, device: &PeerStatus) -> Opti
 }
 
 fn paths(a: &End<'_>, b: &End<'_>) -> Vec<PathAudit> {
-    let wire = |path: &PathState| Wire {
-        own_generation: path.own,
-        peer_generation: path.peer,
-        verified: path.verified,
-        sending: path.sending,
-        quiet: path.quiet,
-    };
     let at_a: BTreeMap<_, _> = a
         .paths
         .unwrap_or_default()
@@ -150,8 +146,8 @@ fn paths(a: &End<'_>, b: &End<'_>) -> Vec<PathAudit> {
         .map(|pair| PathAudit {
             a_generation: pair.0,
             b_generation: pair.1,
-            at_a: at_a.get(&pair).map(|path| wire(path)),
-            at_b: at_b.get(&pair).map(|path| wire(path)),
+            at_a: at_a.get(&pair).map(|path| path_to_proto(path)),
+            at_b: at_b.get(&pair).map(|path| path_to_proto(path)),
         })
         .collect()
 }
@@ -168,6 +164,7 @@ mod tests {
             port: 51871 + u16::from(slot),
             generation,
             public_key: PublicKey::from_bytes([key; 32]).unwrap(),
+            pre_shared_keys: true,
         });
         NodeKeys {
             uid: uid.into(),
@@ -184,6 +181,7 @@ mod tests {
             verified: true,
             sending: true,
             quiet: false,
+            conflict: None,
         }
     }
 

@@ -91,6 +91,7 @@ mod tests {
                 port: 51871,
                 generation: 1,
                 public_key: warren_model::PublicKey::from_bytes([8; 32]).unwrap(),
+                pre_shared_keys: true,
             }],
             active: 1,
             last: 2,

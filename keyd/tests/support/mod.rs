@@ -390,6 +390,7 @@ impl Agent {
             port: 51871 + slot.min(9),
             generation,
             public_key,
+            pre_shared_keys: false,
         };
         self.stream.send(Say::KeyOffer(offer)).await;
         self.until(|heard| matches!(heard, Heard::KeyChallenge(_) | Heard::KeyResult(_)).then_some(heard))
@@ -419,7 +420,7 @@ impl Agent {
     pub(crate) async fn prove(&mut self, private: &PrivateKey) -> KeyResult {
         let challenge = self.challenge(proof::public_key(private)).await;
         let uid = self.uid.as_str().into();
-        self.answer(proof::answer(&challenge, private, &uid, 1).unwrap())
+        self.answer(proof::answer(&challenge, private, &uid, 1, false).unwrap())
             .await
     }
 

@@ -223,7 +223,7 @@ impl Runner {
         };
         self.say_held(stream, said).await;
         let port = |slot: u8| 51871 + u16::from(slot);
-        let offer = key_to_offer(generation, key, port);
+        let offer = key_to_offer(generation, key, false, port);
         stream.send(Say::KeyOffer(offer)).await;
     }
 
@@ -235,7 +235,7 @@ impl Runner {
                 .map(|(generation, key)| (*generation, key.clone()))
         };
         if let Some((generation, key)) = found {
-            let proof = proof::answer(challenge, &key, uid, generation).unwrap();
+            let proof = proof::answer(challenge, &key, uid, generation, false).unwrap();
             stream.send(Say::KeyProof(proof)).await;
         }
     }
@@ -352,6 +352,7 @@ impl Runner {
                         verified: !(hold.verifying && candidate),
                         sending: if moved { target } else { oldest },
                         quiet: draining && !hold.quiet,
+                        conflict: None,
                     }
                 })
             });

@@ -448,6 +448,12 @@ pub struct PeerStatus {
     pub sent_bytes: u64,
     /// Prefixes that the peer may use.
     pub allowed_prefixes: Vec<IpNet>,
+    /// The path has a pre-shared key: post-quantum, agreed on by the two nodes by ML-KEM-768 and X25519.
+    #[serde(default)]
+    pub pre_shared_key: bool,
+    /// Why it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_pre_shared_key: Option<String>,
 }
 
 /// State of the agent.

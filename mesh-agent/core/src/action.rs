@@ -2,11 +2,11 @@
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use ipnet::IpNet;
-use warren_model::PublicKey;
+use warren_model::{PskId, PublicKey};
 
 use crate::{
     desired::slot_device,
@@ -59,6 +59,13 @@ pub enum Action {
         /// The address.
         address: IpNet,
     },
+    /// Give a device its link-local address, in place of any other.
+    SetLink {
+        /// The slot.
+        slot: u8,
+        /// The address.
+        address: Ipv6Addr,
+    },
     /// Take a device up.
     DeviceUp(u8),
     /// Set a device's own key and port.
@@ -76,6 +83,8 @@ pub enum Action {
         slot: u8,
         /// The peer's key.
         peer: PublicKey,
+        /// The pre-shared key of a peer that is added; `None` for one without, and for a peer that is there: that has it.
+        pre_shared: Option<PskId>,
         /// `None` leaves it (roaming).
         endpoint: Option<SocketAddr>,
         /// Seconds, 0 for off.
@@ -150,7 +159,9 @@ impl Action {
             | Self::SetAddress { slot, .. }
             | Self::DeviceUp(slot) => Some(Gate::Device(*slot)),
             Self::SetKey { slot, .. } => Some(Gate::Key(*slot)),
-            Self::SetPeer { slot, peer, .. } => Some(Gate::Peer(*slot, *peer)),
+            Self::SetPeer { slot, peer, .. } | Self::RemovePeer { slot, peer } => {
+                Some(Gate::Peer(*slot, *peer))
+            }
             Self::WidenPath(node, _) => Some(Gate::Receive(*node)),
             Self::SetEndpoint(ifindex, _) => Some(Gate::Endpoint(*ifindex)),
             _ => None,
@@ -164,11 +175,11 @@ impl Action {
             | Self::SetAddress { slot, .. }
             | Self::DeviceUp(slot)
             | Self::SetMtu { slot, .. }
+            | Self::SetLink { slot, .. }
             | Self::SetRoute(_, Route::Tunnel { slot, .. })
             | Self::SetKey { slot, .. } => vec![Gate::Device(*slot)],
             Self::SetPath(node, NodePath { slot, .. }) => vec![Gate::Device(*slot), Gate::Receive(*node)],
-            Self::SetPeer { slot, .. } => vec![Gate::Device(*slot), Gate::Key(*slot)],
-            Self::AddAllowedIp { slot, peer, .. } => {
+            Self::SetPeer { slot, peer, .. } | Self::AddAllowedIp { slot, peer, .. } => {
                 vec![Gate::Device(*slot), Gate::Key(*slot), Gate::Peer(*slot, *peer)]
             }
             Self::Attach(ifindex, Programs::Pod) => vec![Gate::Endpoint(*ifindex)],
@@ -224,6 +235,9 @@ impl fmt::Display for Action {
             Self::SetMtu { slot, .. } => write!(f, "set the MTU of {}", slot_device(*slot)),
             Self::SetAddress { slot, address } => {
                 write!(f, "give {} its address {address}", slot_device(*slot))
+            }
+            Self::SetLink { slot, address } => {
+                write!(f, "give {} its link-local address {address}", slot_device(*slot))
             }
             Self::DeviceUp(slot) => write!(f, "take {} up", slot_device(*slot)),
             Self::SetKey { slot, .. } => write!(f, "set key and port of {}", slot_device(*slot)),

@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
 use warren_model::{
-    ClusterConfig, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, PodRef, PublicKey,
+    ClusterConfig, ForgetPsk, IdentityId, Labels, NodeKeys, NodeName, NodeRecord, PodRef, PskId, PublicKey,
     directory::{self, Checked},
 };
 
@@ -19,8 +19,9 @@ use crate::{
     index::NodeIndexes,
     plan::plan,
     policy::LocalEndpoint,
+    psk::{Counters, Ends, Exchanges},
     retry::Retries,
-    slots::{Keyring, PairReport, Pairs, Seeing, Tally},
+    slots::{AwaitedPsk, Keyring, PairReport, Pairs, Seeing, Tally},
     state::{Observed, State},
 };
 
@@ -41,6 +42,7 @@ pub struct Agent {
     endpoints: Endpoints,
     keyring: Keyring,
     pairs: Pairs,
+    exchanges: Exchanges,
     indexes: NodeIndexes,
     /// Endpoints that devices were given, by slot and peer: the directory's word is passed on once, so that
     /// roaming survives.
@@ -64,6 +66,7 @@ impl Agent {
             settings,
             keyring,
             pairs: Pairs::default(),
+            exchanges: Exchanges::default(),
             directory: None,
             endpoints: Endpoints::default(),
             indexes: NodeIndexes::default(),
@@ -236,7 +239,7 @@ impl Agent {
         let own = checked.nodes.get(&self.settings.node).map(NodeRecord::keys);
         let seeing = seeing(&self.settings, own.as_ref(), &self.keyring, &observed.state);
         let peers = peers(&self.settings, checked, &self.indexes);
-        self.pairs.reports(now, &seeing, peers)
+        self.pairs.reports(now, &seeing, &self.exchanges, peers)
     }
 
     /// Where the pairs are.
@@ -253,6 +256,59 @@ impl Agent {
     /// When devices are to be looked at again though nothing happens: a pair is about to change.
     pub fn next_look(&self) -> Option<Duration> {
         self.pairs.next_look()
+    }
+
+    /// Takes over the pre-shared keys that are on disk. Before the first directory.
+    pub fn restore_pre_shared_keys(&mut self, exchanges: Exchanges) {
+        self.exchanges = exchanges;
+    }
+
+    /// The exchanges of pre-shared keys: packets and results go in.
+    pub fn exchanges(&mut self) -> &mut Exchanges {
+        &mut self.exchanges
+    }
+
+    /// What the exchanges have done so far.
+    pub fn exchange_counters(&self) -> Counters {
+        self.exchanges.counters()
+    }
+
+    /// The devices that an exchange needs a socket on: slot and link-local address.
+    pub fn exchange_links(&self, observed: &Observed) -> impl Iterator<Item = (u8, Ipv6Addr)> {
+        let wanted = self.desired.devices.iter();
+        wanted.filter_map(|(slot, wanted)| {
+            let found = observed.state.devices.get(slot)?;
+            let link = wanted.link.filter(|link| found.up && found.link == Some(*link))?;
+            Some((*slot, link))
+        })
+    }
+
+    /// Whether a path waits for the tunnel in which its pre-shared key is agreed on.
+    pub fn is_opening(&self) -> bool {
+        self.pairs.is_opening()
+    }
+
+    /// Peers that are not sent to, as the path's pre-shared key is not agreed on.
+    pub fn awaited_psks(&self) -> impl Iterator<Item = AwaitedPsk> {
+        let own = self.own_keys();
+        let checked = self.directory.as_ref().map(|(_, checked)| checked);
+        let others = checked.into_iter().flat_map(|checked| checked.nodes.values());
+        others.filter_map(move |node| self.pairs.awaited(own.as_ref()?, node, &self.exchanges))
+    }
+
+    /// When an exchange has something to do though nothing happens.
+    pub fn next_exchange(&self, now: Duration) -> Option<Duration> {
+        self.exchanges.next(now)
+    }
+
+    /// `keyd` says that a pre-shared key is to be forgotten. One that is not meant stays.
+    pub fn forget_psk(&mut self, now: Duration, forget: &ForgetPsk) {
+        let own = self.own_keys().and_then(|own| own.key(forget.own));
+        let peer = self.node(&forget.peer).map(NodeRecord::keys);
+        let peer = peer.and_then(|peer| peer.key(forget.other));
+        if let (Some(own), Some(peer)) = (own, peer) {
+            self.exchanges.forget(now, &Ends { own, peer }, forget.id);
+        }
     }
 
     /// The labels of an identity.
@@ -308,7 +364,7 @@ impl Agent {
         {
             let seeing = seeing(&self.settings, own.as_ref(), &self.keyring, &observed.state);
             let peers = peers(&self.settings, checked, &self.indexes);
-            self.pairs.update(now, &seeing, peers);
+            self.pairs.update(now, &seeing, &mut self.exchanges, peers);
         }
         let (state, mut problems) = desired(&self.inputs(own.as_ref(), observed));
         self.desired = state;
@@ -392,17 +448,29 @@ impl Agent {
                 if let Action::SetPeer {
                     slot,
                     peer,
-                    endpoint: Some(endpoint),
+                    endpoint,
+                    pre_shared,
                     ..
                 } = step
                 {
-                    self.given.insert((*slot, *peer), *endpoint);
+                    if let Some(endpoint) = endpoint {
+                        self.given.insert((*slot, *peer), *endpoint);
+                    }
+                    self.placed(*slot, *peer, *pre_shared);
                 }
             }
             Err(reason) => {
                 self.retries.failed(&step.subject(), reason, now);
                 self.shut.extend(step.guards());
             }
+        }
+    }
+
+    /// A device has a peer's pre-shared key: whoever waits for it is told at once.
+    fn placed(&mut self, slot: u8, peer: PublicKey, pre_shared: Option<PskId>) {
+        let own = self.desired.devices.get(&slot);
+        if let (Some(own), Some(id)) = (own.and_then(|device| device.wireguard.public_key), pre_shared) {
+            self.exchanges.placed(&Ends { own, peer }, id);
         }
     }
 

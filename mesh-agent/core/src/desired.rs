@@ -9,13 +9,15 @@ use ipnet::IpNet;
 use warren_abi::limits;
 use warren_model::{
     ClusterConfig, IdentityId, NodeKeys, NodeName, NodeRecord, PublicKey, WorkloadRecord, directory::Checked,
+    link_address,
 };
 
 use crate::{
     directory::Directory,
     endpoint::Endpoints,
     index::NodeIndexes,
-    slots::{self, Pairs},
+    psk::PskUse,
+    slots::{self, Pairs, Path},
     state::{
         Device, EndpointEntry, Firewall, Link, LinkKind, Owner, Peer, Programs, Route, RouteKey, Rule, State,
         Table, WireGuard, metric,
@@ -83,7 +85,7 @@ pub(crate) fn desired(inputs: &Inputs<'_>) -> (State, Vec<String>) {
     inputs.rules(&mut state);
     inputs.throws(&owners, &mut state);
     inputs.peers(&mut state);
-    state.owners = owners.entries;
+    state.owners.extend(owners.entries);
     state.firewall = Some(inputs.firewall(&state));
     (state, problems)
 }
@@ -383,20 +385,35 @@ impl Inputs<'_> {
             let (Some(pair), Some(index)) = (self.pairs.get(&node.name), self.index(&node.name)) else {
                 continue;
             };
-            for (path, keepalive) in pair.paths.iter().zip(&pair.keepalives) {
-                let endpoint = self.endpoint_of(node, path.port);
-                over_ipv6 |= endpoint.is_some_and(|endpoint| endpoint.is_ipv6());
-                let given = self.given.get(&(path.slot, path.key)).copied();
+            let settings = pair.paths.iter().zip(&pair.keepalives).zip(&pair.psks);
+            for ((path, keepalive), psk) in settings {
+                let mut add = |slot: u8, peer: Peer| {
+                    let given = self.given.get(&(slot, path.key)).copied();
+                    over_ipv6 |= peer.endpoint.is_some_and(|endpoint| endpoint.is_ipv6());
+                    let peer = Peer {
+                        endpoint_is_new: peer.endpoint.is_some() && given != peer.endpoint,
+                        ..peer
+                    };
+                    if let Some(peers) = peers.get_mut(usize::from(slot)) {
+                        peers.insert(path.key, peer);
+                    }
+                };
+                if let Some(port) = path.exchange {
+                    add(path.exchange_slot(), self.exchange_peer(node, path, port));
+                }
+                let pre_shared = match psk {
+                    PskUse::Awaited => continue,
+                    PskUse::Without => None,
+                    PskUse::With(id) => Some(*id),
+                };
                 let peer = Peer {
-                    endpoint,
+                    pre_shared,
+                    endpoint: self.endpoint_of(node, path.port),
                     keepalive: *keepalive,
                     allowed_ips: slots::prefixes(node),
-                    endpoint_is_new: endpoint.is_some() && given != endpoint,
                     ..Peer::default()
                 };
-                if let Some(peers) = peers.get_mut(usize::from(path.slot)) {
-                    peers.insert(path.key, peer);
-                }
+                add(path.slot, peer);
             }
             if let Some(path) = slots::node_path(&pair.paths, pair.sending) {
                 state.paths.insert(index, path);
@@ -421,6 +438,16 @@ impl Inputs<'_> {
                 peers,
             };
             let address = Some(slot_address(slot));
+            let agrees = open.is_some_and(|generation| self.own.is_some_and(|own| own.agrees(generation)));
+            let link = key.filter(|_| agrees).map(|key| link_address(&key));
+            if let Some(link) = link {
+                let owner = Owner {
+                    node: 0,
+                    pods: false,
+                    identity: IdentityId::HOST,
+                };
+                state.owners.insert(IpAddr::from(link).into(), owner);
+            }
             state.devices.insert(
                 slot,
                 Device {
@@ -429,9 +456,19 @@ impl Inputs<'_> {
                     mtu,
                     programs: true,
                     address,
+                    link,
                     wireguard,
                 },
             );
+        }
+    }
+
+    /// The peer with which the pre-shared key of a path is agreed on.
+    fn exchange_peer(&self, node: &NodeRecord, path: &Path, port: u16) -> Peer {
+        Peer {
+            endpoint: self.endpoint_of(node, port),
+            allowed_ips: [IpAddr::from(link_address(&path.key)).into()].into(),
+            ..Peer::default()
         }
     }
 

@@ -186,6 +186,7 @@ mod tests {
             port: 51871,
             generation,
             public_key: PublicKey::from_bytes([generation as u8 + 1; 32]).unwrap(),
+            pre_shared_keys: false,
         };
         NodeRecord {
             name: "node2".into(),

@@ -17,6 +17,7 @@ mod endpoint;
 mod index;
 mod plan;
 pub mod policy;
+pub mod psk;
 mod retry;
 pub mod slots;
 mod state;

@@ -136,6 +136,9 @@ impl Plan<'_> {
             if let Some(address) = wanted.address.filter(|_| found.address != wanted.address) {
                 self.push(Action::SetAddress { slot, address });
             }
+            if let Some(address) = wanted.link.filter(|_| found.link != wanted.link) {
+                self.push(Action::SetLink { slot, address });
+            }
             if !found.up {
                 self.push(Action::DeviceUp(slot));
             }
@@ -232,12 +235,19 @@ impl Plan<'_> {
 
     fn add_peers(&mut self, slot: u8, wanted: &BTreeMap<PublicKey, Peer>, found: &BTreeMap<PublicKey, Peer>) {
         for (&peer, wanted) in wanted {
-            let found = found.get(&peer);
-            let endpoint = new_endpoint(wanted, found);
+            let mut found = found.get(&peer);
+            let mut endpoint = new_endpoint(wanted, found);
+            // Sessions that were made with another pre-shared key, or without one, end.
+            if let Some(other) = found.filter(|found| found.pre_shared != wanted.pre_shared) {
+                self.push(Action::RemovePeer { slot, peer });
+                endpoint = endpoint.or(other.endpoint);
+                found = None;
+            }
             if found.is_none_or(|found| found.keepalive != wanted.keepalive) || endpoint.is_some() {
                 self.push(Action::SetPeer {
                     slot,
                     peer,
+                    pre_shared: wanted.pre_shared.filter(|_| found.is_none()),
                     endpoint,
                     keepalive: wanted.keepalive,
                 });

@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use warren_model::{IdentityId, PublicKey};
+use warren_model::{IdentityId, PskId, PublicKey};
 
 /// Everything on this node that the agent owns.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -45,6 +45,8 @@ pub struct Device {
     pub programs: bool,
     /// The link-scope address that keeps reverse-path filters content.
     pub address: Option<IpNet>,
+    /// The link-local address of the exchange of pre-shared keys. Wanted `None`: whatever is there stays.
+    pub link: Option<Ipv6Addr>,
     /// The WireGuard side.
     pub wireguard: WireGuard,
 }
@@ -63,6 +65,8 @@ pub struct WireGuard {
 /// A peer of a device.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Peer {
+    /// The pre-shared key.
+    pub pre_shared: Option<PskId>,
     /// Where packets are sent to.
     pub endpoint: Option<SocketAddr>,
     /// Persistent keepalive in seconds, 0 for off.
@@ -244,6 +248,15 @@ pub struct Observed {
 pub(crate) const SILENT_AFTER: Duration = Duration::from_secs(180);
 
 impl Peer {
+    /// Whether it is there for the exchange of pre-shared keys only.
+    pub fn is_exchange(&self) -> bool {
+        let link_local = |prefix: &IpNet| match prefix {
+            IpNet::V4(_) => false,
+            IpNet::V6(prefix) => prefix.addr().is_unicast_link_local(),
+        };
+        !self.allowed_ips.is_empty() && self.allowed_ips.iter().all(link_local)
+    }
+
     /// Whether a peer with this age of its last handshake counts as silent.
     pub fn is_silent(handshake_age: Option<Duration>) -> bool {
         handshake_age.is_none_or(|age| age > SILENT_AFTER)

@@ -88,6 +88,10 @@ fn device_faults(
         own.port != wants.port,
         format!("listens on port {} instead of {}", own.port, wants.port),
     );
+    if let Some(link) = wanted.link {
+        let text = format!("lacks the address {link}, where pre-shared keys are agreed on");
+        fault(found.link != wanted.link, text);
+    }
     for (key, peer) in &wants.peers {
         match own.peers.get(key) {
             None => fault(true, format!("lacks the peer of node {} ({key})", name(key))),
@@ -128,6 +132,12 @@ fn peer_faults(node: &str, wanted: &Peer, found: &Peer) -> Vec<String> {
             "allows prefixes to node {node} that are not its own: {}",
             list(extra)
         ));
+    }
+    if found.pre_shared != wanted.pre_shared {
+        out.push(match (found.pre_shared, wanted.pre_shared) {
+            (None, _) => format!("lacks the pre-shared key with node {node}"),
+            (Some(_), _) => format!("has a pre-shared key with node {node} that was not agreed on"),
+        });
     }
     if found.endpoint.is_none() {
         out.push(format!("has no endpoint for node {node}"));

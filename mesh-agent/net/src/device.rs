@@ -1,10 +1,11 @@
 //! Tunnel devices: making them and keeping their settings.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net};
 use netlink_packet_route::{
-    address::{AddressAttribute, AddressScope},
+    AddressFamily,
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
     link::{LinkFlags, LinkMessage},
 };
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkWireguard};
@@ -13,6 +14,9 @@ use crate::{Error, Link, LinkKind, address, link, sysctl, tun};
 
 /// The transmit queue of a TUN device in packets: the default of 500 drops whole bursts.
 const TUN_QUEUE_LENGTH: u32 = 10_000;
+
+/// Length of the prefix of link-local addresses (RFC 4291 section 2.5.6).
+const LINK_LOCAL: u8 = 64;
 
 /// What a device should be like; `None` leaves a setting as it is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -26,9 +30,11 @@ pub struct LinkConfig {
     /// An IPv4 address of the device's own, `/32 scope link`: never chosen as a source, but without one loose
     /// reverse path filtering drops what arrives by a route of another device.
     pub link_address: Option<Ipv4Addr>,
+    /// An IPv6 address of the device's own in `fe80::/64`, in place of any other there.
+    pub link_local: Option<Ipv6Addr>,
     /// `net.ipv4.conf.*.rp_filter`: 0 off, 1 strict, 2 loose.
     pub rp_filter: Option<u8>,
-    /// No link-local IPv6 address, no router solicitations, no router advertisements, no multicast.
+    /// No link-local IPv6 address of the kernel's choice, no router solicitations, no router advertisements, no multicast.
     pub quiet: bool,
 }
 
@@ -184,6 +190,9 @@ pub(crate) async fn configure(
     if let Some(address) = config.link_address {
         changed |= add_link_address(handle, &link, address).await?;
     }
+    if let Some(address) = config.link_local {
+        changed |= set_link_local(handle, &link, address).await?;
+    }
     if config.up == Some(true) && !link.up {
         set(handle, &link, builder(&link).up().build()).await?;
         changed = true;
@@ -251,6 +260,46 @@ async fn add_link_address(handle: &rtnetlink::Handle, link: &Link, wanted: Ipv4A
             }
         }
     }
+}
+
+async fn set_link_local(handle: &rtnetlink::Handle, link: &Link, wanted: Ipv6Addr) -> Result<bool, Error> {
+    // Whatever holds for new devices: this one needs it.
+    let mut changed = sysctl::set_sysctl(&format!("net/ipv6/conf/{}/disable_ipv6", link.name), "0")?;
+    let there = address::list(handle).await?;
+    let mut there: Vec<Ipv6Addr> = there
+        .iter()
+        .filter(|(ifindex, _)| *ifindex == link.ifindex)
+        .filter_map(|(_, net)| match net.addr() {
+            IpAddr::V6(address) if address.is_unicast_link_local() => Some(address),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        })
+        .collect();
+    if !there.contains(&wanted) {
+        let mut request = handle.address().add(link.ifindex, wanted.into(), LINK_LOCAL);
+        // There is nobody on such a device whom duplicate address detection could ask.
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        let what = format!("add {wanted} to the device {}", link.name);
+        request.execute().await.map_err(Error::netlink(what))?;
+        changed = true;
+    }
+    there.retain(|address| *address != wanted);
+    for address in there {
+        let mut message = AddressMessage::default();
+        message.header.family = AddressFamily::Inet6;
+        message.header.index = link.ifindex;
+        message.header.prefix_len = LINK_LOCAL;
+        message.attributes.push(AddressAttribute::Address(address.into()));
+        match handle.address().del(message).execute().await {
+            Ok(()) => changed = true,
+            Err(error) => {
+                let error = Error::netlink(format!("take {address} from the device {}", link.name))(error);
+                if error.errno() != Some(libc::EADDRNOTAVAIL) {
+                    return Err(error);
+                }
+            }
+        }
+    }
+    Ok(changed)
 }
 
 #[cfg(test)]

@@ -44,6 +44,11 @@ pub use watch::LinkEvent;
 /// The routing protocol number ("warren") on every route and rule that this crate owns.
 pub const PROTOCOL: u8 = 141;
 
+/// Whether the kernel has IPv6. It may still be off for devices, where it can be turned on.
+pub fn has_ipv6() -> bool {
+    sysctl("net/ipv6/conf/all/disable_ipv6").is_ok()
+}
+
 /// A handle on the network namespace in which [`Net::open`] was called. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Net {

@@ -15,7 +15,7 @@ use std::{
 use tokio::sync::{mpsc, oneshot};
 use warren_agent_core::{Endpoint, slots::PairReport};
 use warren_keyd_api::{proto, snapshot::Directory};
-use warren_model::{Datapath, IdentityId};
+use warren_model::{Datapath, ForgetPsk, IdentityId};
 
 use crate::{
     config::Config,
@@ -73,6 +73,8 @@ pub(crate) enum FromKeyd {
     },
     /// A private key was made.
     NewKey,
+    /// A pre-shared key is to be forgotten.
+    Forget(ForgetPsk),
 }
 
 /// The client.

@@ -226,6 +226,10 @@ impl Client {
             }
             Hear::Question(question) => self.question(session, question),
             Hear::AskKey(asked) => self.asked(session, asked.generation)?,
+            Hear::ForgetPsk(forget) => match convert::forget_from_proto(&forget) {
+                Ok(forget) => drop(self.events.send(FromKeyd::Forget(forget))),
+                Err(error) => return Err(format!("keyd at {address}: {error}")),
+            },
             Hear::Redirect(redirect) => {
                 super::trust::remember_addresses(&self.state, &redirect.addresses);
                 return Ok(Some(End::Redirect(redirect.addresses)));
@@ -274,20 +278,24 @@ impl Client {
 
     fn offer(&self, session: &Session, generation: u64, key: PublicKey) -> Result<(), String> {
         let port = |slot| self.config.cluster.slot_port(slot);
-        session.say(Say::KeyOffer(convert::key_to_offer(generation, key, port)))
+        let agrees = self.keys.agrees(generation);
+        session.say(Say::KeyOffer(convert::key_to_offer(
+            generation, key, agrees, port,
+        )))
     }
 
     /// `keyd` asks for the key of a generation. It is on disk, synced, before anybody hears of it.
     fn asked(&self, session: &Session, generation: u64) -> Result<(), String> {
         let is_new = self.keys.keyring().must_make(generation);
-        let key = match tokio::task::block_in_place(|| self.keys.make(generation)) {
-            Ok(key) => key,
-            Err(error) => {
-                // Asked again with the next session; until then the keys that there are go on working.
-                tracing::error!(generation, error = %format!("{error:#}"), "keyd asked for a key");
-                return Ok(());
-            }
-        };
+        let key =
+            match tokio::task::block_in_place(|| self.keys.make(generation, self.config.pre_shared_keys())) {
+                Ok(key) => key,
+                Err(error) => {
+                    // Asked again with the next session; until then the keys that there are go on working.
+                    tracing::error!(generation, error = %format!("{error:#}"), "keyd asked for a key");
+                    return Ok(());
+                }
+            };
         if is_new {
             let _ = self.events.send(FromKeyd::NewKey);
             self.say_held(session)?;
@@ -301,7 +309,9 @@ impl Client {
         let (Some((generation, private)), Some(uid)) = (key, &session.node_uid) else {
             return Err("keyd asks for the proof of a key that is not this node's".into());
         };
-        let proof = proof::answer(challenge, &private, uid, generation).map_err(|error| error.to_string())?;
+        let agrees = self.keys.agrees(generation);
+        let proof =
+            proof::answer(challenge, &private, uid, generation, agrees).map_err(|error| error.to_string())?;
         session.say(Say::KeyProof(proof))
     }
 

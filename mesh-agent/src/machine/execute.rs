@@ -1,11 +1,11 @@
 //! Executing a plan. Steps for the same driver that follow each other are handed over together.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use tokio::time::Instant;
-use warren_agent_core::{Action, Agent, Programs, Rule, slot_device};
+use warren_agent_core::{Action, Agent, Programs, Rule, psk::Ends, slot_device};
 use warren_bpf::Role;
-use warren_model::{Datapath, PrivateKey};
+use warren_model::{Datapath, PreSharedKey, PrivateKey, PskId, PublicKey};
 use warren_net::{LinkConfig, NftConfig, nft};
 use warren_wireguard::DeviceChange;
 
@@ -138,20 +138,37 @@ impl Machine {
     /// All at once; where that fails, one by one, so that one bad peer does not hold back the others.
     async fn peers_step(&mut self, slot: u8, steps: &[&Action]) -> Vec<Result<(), String>> {
         let device = slot_device(slot);
-        let changes: Vec<DeviceChange> = steps.iter().filter_map(|step| self.change(step)).collect();
-        if self.wireguard.apply(&device, &changes).await.is_ok() {
+        let changes: Option<Vec<DeviceChange>> = steps.iter().map(|step| self.change(step)).collect();
+        if let Some(changes) = changes
+            && self.wireguard.apply(&device, &changes).await.is_ok()
+        {
             return vec![Ok(()); steps.len()];
         }
         let mut results = Vec::with_capacity(steps.len());
-        for change in changes {
-            results.push(
-                self.wireguard
+        // What follows for a peer rests on what came before.
+        let mut failed = BTreeSet::new();
+        for step in steps {
+            let peer = peer_of(step);
+            let result = match self.change(step) {
+                _ if failed.contains(&peer) => Err("the step before it failed".to_owned()),
+                None => Err("this node does not have the pre-shared key".to_owned()),
+                Some(change) => self
+                    .wireguard
                     .apply(&device, &[change])
                     .await
                     .map_err(|error| error.to_string()),
-            );
+            };
+            if result.is_err() {
+                failed.insert(peer);
+            }
+            results.push(result);
         }
         results
+    }
+
+    fn pre_shared_key(&self, slot: u8, peer: PublicKey, id: PskId) -> Option<PreSharedKey> {
+        let own = *self.device_keys.get(&slot)?;
+        self.keys.shared(&Ends { own, peer }, id)
     }
 
     fn change(&self, step: &Action) -> Option<DeviceChange> {
@@ -161,12 +178,17 @@ impl Machine {
                 listen_port: port,
             },
             Action::SetPeer {
+                slot,
                 peer,
+                pre_shared,
                 endpoint,
                 keepalive,
-                ..
             } => DeviceChange::SetPeer {
                 public_key: peer,
+                pre_shared_key: match pre_shared {
+                    Some(id) => Some(self.pre_shared_key(slot, peer, id)?),
+                    None => None,
+                },
                 endpoint,
                 keepalive_seconds: keepalive,
             },
@@ -237,6 +259,16 @@ impl Machine {
                 )
                 .await
             }
+            Action::SetLink { slot, address } => {
+                self.configure(
+                    *slot,
+                    LinkConfig {
+                        link_local: Some(*address),
+                        ..quiet()
+                    },
+                )
+                .await
+            }
             Action::DeviceUp(slot) => {
                 self.configure(
                     *slot,
@@ -253,7 +285,12 @@ impl Machine {
                     .ok_or("this node does not have the private key")?;
                 self.apply_to_device(*slot, change)
                     .await
-                    .map_err(|error| error.to_string())
+                    .map_err(|error| error.to_string())?;
+                match step {
+                    Action::SetKey { public_key, .. } => self.device_keys.insert(*slot, *public_key),
+                    _ => self.device_keys.remove(slot),
+                };
+                Ok(())
             }
             Action::SetRoute(..)
             | Action::RemoveRoute(..)
@@ -421,6 +458,17 @@ impl Machine {
             tracing::warn!(%error, "cannot look for pods that are older than the agent");
             Vec::new()
         })
+    }
+}
+
+/// The peer that a step is about.
+fn peer_of(step: &Action) -> Option<PublicKey> {
+    match step {
+        Action::SetPeer { peer, .. }
+        | Action::RemovePeer { peer, .. }
+        | Action::AddAllowedIp { peer, .. }
+        | Action::RemoveAllowedIp { peer, .. } => Some(*peer),
+        _ => None,
     }
 }
 

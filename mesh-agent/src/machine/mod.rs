@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use tokio::time::Instant;
 use warren_abi::MarkCodec;
 use warren_agent_core::{Firewall, Settings};
-use warren_model::Datapath;
+use warren_model::{Datapath, PublicKey};
 use warren_net::Net;
 use warren_wireguard::{DeviceChange, DeviceError, DeviceState, Kernel, Userspace, WgDevice};
 
@@ -42,6 +42,7 @@ pub(crate) struct Machine {
     firewall_checked: Option<Instant>,
     /// As of the last observation, with the changes since.
     devices: BTreeMap<u8, u32>,
+    device_keys: BTreeMap<u8, PublicKey>,
     routes: Vec<warren_net::Route>,
     rules: Vec<warren_net::Rule>,
     /// Devices whose packets no program can judge: said once.
@@ -114,6 +115,7 @@ impl Machine {
             firewall: None,
             firewall_checked: None,
             devices: BTreeMap::new(),
+            device_keys: BTreeMap::new(),
             routes: Vec::new(),
             rules: Vec::new(),
             unsupported: BTreeSet::new(),
@@ -129,6 +131,11 @@ impl Machine {
     /// What could not be read at the last observation.
     pub(crate) fn faults(&self) -> &[String] {
         &self.faults
+    }
+
+    /// The interface index of a slot's device.
+    pub(crate) fn ifindex(&self, slot: u8) -> Option<u32> {
+        self.devices.get(&slot).copied()
     }
 
     /// The programs and maps.

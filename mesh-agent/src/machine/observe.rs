@@ -1,6 +1,9 @@
 //! Reading the node.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv6Addr},
+};
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -8,6 +11,7 @@ use warren_agent_core::{
     Device, Link, LinkKind, Observed, Peer, Programs, State, WireGuard, slot_address, slot_device,
 };
 use warren_bpf::Role;
+use warren_model::PublicKey;
 use warren_wireguard::DeviceError;
 
 use super::{Machine, SLOW_CHECK, convert};
@@ -53,7 +57,10 @@ impl Machine {
                 continue;
             };
             match self.wireguard.dump(&slot_device(*slot)).await {
-                Ok(found) => device.wireguard = wireguard(found),
+                Ok(found) => {
+                    note_key(&mut self.device_keys, *slot, found.public_key);
+                    device.wireguard = wireguard(found);
+                }
                 Err(error) => anyhow::bail!("{error}"),
             }
         }
@@ -73,6 +80,7 @@ impl Machine {
         state: &mut State,
     ) {
         self.devices.clear();
+        self.device_keys.clear();
         for (link, raw) in links.iter().zip(found) {
             let LinkKind::Tunnel(slot) = link.kind else {
                 continue;
@@ -83,7 +91,10 @@ impl Machine {
                 .any(|a| a.ifindex == link.ifindex && a.role == Role::Tunnel { slot } && a.healthy);
             let address = Some(slot_address(slot)).filter(|address| link.addresses.contains(&address.addr()));
             let wireguard = match self.wireguard.dump(&link.name).await {
-                Ok(device) => wireguard(device),
+                Ok(device) => {
+                    note_key(&mut self.device_keys, slot, device.public_key);
+                    wireguard(device)
+                }
                 Err(error) => {
                     self.faults.push(match error {
                         DeviceError::Absent(_) => {
@@ -103,6 +114,7 @@ impl Machine {
                 mtu: raw.mtu,
                 programs,
                 address,
+                link: link_local(&link.addresses),
                 wireguard,
             };
             state.devices.insert(slot, device);
@@ -179,6 +191,22 @@ impl Machine {
     }
 }
 
+fn note_key(keys: &mut BTreeMap<u8, PublicKey>, slot: u8, key: Option<PublicKey>) {
+    match key {
+        Some(key) => keys.insert(slot, key),
+        None => keys.remove(&slot),
+    };
+}
+
+/// The only link-local address of a device; where there are more, none is the one that is wanted.
+fn link_local(addresses: &[IpAddr]) -> Option<Ipv6Addr> {
+    let mut found = addresses.iter().filter_map(|address| match address {
+        IpAddr::V6(address) if address.is_unicast_link_local() => Some(*address),
+        IpAddr::V4(_) | IpAddr::V6(_) => None,
+    });
+    found.next().filter(|_| found.next().is_none())
+}
+
 fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
     let now = std::time::SystemTime::now();
     let peer = |peer: warren_wireguard::PeerState| {
@@ -187,6 +215,7 @@ fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
             .last_handshake
             .map(|at| now.duration_since(at).unwrap_or_default());
         let state = Peer {
+            pre_shared: peer.pre_shared_key,
             endpoint: peer.endpoint,
             keepalive: peer.keepalive_seconds,
             allowed_ips: peer.allowed_ips.into_iter().collect(),

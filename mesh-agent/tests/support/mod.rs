@@ -221,6 +221,7 @@ pub(crate) fn slots_of_key(generation: u64, public_key: PublicKey) -> Vec<SlotKe
         port: 51871 + u16::from(slot),
         generation,
         public_key,
+        pre_shared_keys: false,
     };
     slots_of(generation).map(slot).into()
 }

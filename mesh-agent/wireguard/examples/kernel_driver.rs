@@ -99,6 +99,7 @@ fn remove(other: &PublicKey, prefix: IpNet) -> DeviceChange {
 fn set_peer(public_key: PublicKey, endpoint: Option<&str>) -> Result<DeviceChange> {
     Ok(DeviceChange::SetPeer {
         public_key,
+        pre_shared_key: None,
         endpoint: endpoint.map(str::parse).transpose()?,
         keepalive_seconds: 25,
     })

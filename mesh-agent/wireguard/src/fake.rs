@@ -11,9 +11,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{PreSharedKey, PrivateKey, PublicKey};
 
-use crate::{DeviceChange, DeviceError, DeviceState, PeerState, WgDevice};
+use crate::{DeviceChange, DeviceError, DeviceState, PeerState, WgDevice, psk_id};
 
 /// How a call to a [`Fake`] fails.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +50,7 @@ struct FakeDevice {
 
 #[derive(Debug, Default)]
 struct FakePeer {
+    pre_shared_key: Option<PreSharedKey>,
     endpoint: Option<SocketAddr>,
     keepalive_seconds: u16,
     allowed_ips: BTreeSet<IpNet>,
@@ -150,6 +151,7 @@ impl FakeDevice {
         });
         let peers = self.peers.iter().map(|(public_key, peer)| PeerState {
             public_key: *public_key,
+            pre_shared_key: peer.pre_shared_key.as_ref().map(|key| psk_id(key.expose())),
             endpoint: peer.endpoint,
             keepalive_seconds: peer.keepalive_seconds,
             allowed_ips: peer.allowed_ips.iter().copied().collect(),
@@ -175,10 +177,14 @@ impl FakeDevice {
             }
             DeviceChange::SetPeer {
                 public_key,
+                pre_shared_key,
                 endpoint,
                 keepalive_seconds,
             } => {
                 let peer = self.peers.entry(*public_key).or_default();
+                if let Some(key) = pre_shared_key {
+                    peer.pre_shared_key = Some(key.clone());
+                }
                 peer.endpoint = endpoint.or(peer.endpoint);
                 peer.keepalive_seconds = *keepalive_seconds;
             }

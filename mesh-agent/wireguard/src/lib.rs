@@ -7,8 +7,9 @@
 
 use std::{future::Future, net::SocketAddr, time::SystemTime};
 
+use aws_lc_rs::digest;
 use ipnet::IpNet;
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{PreSharedKey, PrivateKey, PskId, PublicKey};
 
 pub mod engine;
 mod fake;
@@ -36,6 +37,8 @@ pub struct DeviceState {
 pub struct PeerState {
     /// The peer's key.
     pub public_key: PublicKey,
+    /// Which pre-shared key it has; never the key itself.
+    pub pre_shared_key: Option<PskId>,
     /// Where packets are sent to.
     pub endpoint: Option<SocketAddr>,
     /// Persistent keepalive in seconds; 0 for off.
@@ -64,6 +67,9 @@ pub enum DeviceChange {
     SetPeer {
         /// The peer's key.
         public_key: PublicKey,
+        /// `None` leaves it as it is. Another one for a peer that is there leaves its sessions as they are: remove the peer
+        /// first where these must end.
+        pre_shared_key: Option<PreSharedKey>,
         /// Where to send to; `None` leaves it as it is (roaming).
         endpoint: Option<SocketAddr>,
         /// Persistent keepalive in seconds; 0 turns it off.
@@ -88,6 +94,22 @@ pub enum DeviceChange {
     },
     /// Empties the device: no peers, no key. The device itself stays.
     Clear,
+}
+
+/// The name of a pre-shared key: the first half of SHA-256 of a label and the key. As a key has 256 random bits, nobody
+/// gets from its name to it.
+pub fn psk_id(key: &[u8; 32]) -> PskId {
+    let mut context = digest::Context::new(&digest::SHA256);
+    context.update(b"warren-psk-id-v1");
+    context.update(key);
+    let mut id = [0; 16];
+    id.copy_from_slice(&context.finish().as_ref()[..16]);
+    PskId(id)
+}
+
+/// The name of what a device says of a peer's pre-shared key, where all zero means none.
+pub(crate) fn some_psk_id(key: &[u8; 32]) -> Option<PskId> {
+    (*key != [0; 32]).then(|| psk_id(key))
 }
 
 /// Why a device could not be read or changed.

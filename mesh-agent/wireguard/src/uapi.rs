@@ -326,6 +326,7 @@ fn view_line(
         return Ok(());
     };
     match key {
+        "preshared_key" => peer.pre_shared_key = crate::some_psk_id(&*hex_key(value)?),
         "endpoint" => peer.endpoint = Some(parse_endpoint(value).ok_or("a peer's endpoint is malformed")?),
         "last_handshake_time_sec" => *handshake = Duration::from_secs(number(value).ok_or(BAD)?),
         "last_handshake_time_nsec" => {
@@ -346,6 +347,7 @@ fn view_line(
 fn empty_peer(public_key: PublicKey) -> PeerState {
     PeerState {
         public_key,
+        pre_shared_key: None,
         endpoint: None,
         keepalive_seconds: 0,
         allowed_ips: Vec::new(),
@@ -399,10 +401,14 @@ fn format_change(change: &DeviceChange) -> Zeroizing<String> {
         }
         DeviceChange::SetPeer {
             public_key,
+            pre_shared_key,
             endpoint,
             keepalive_seconds,
         } => {
             put_key(out, "public_key", public_key.as_bytes());
+            if let Some(key) = pre_shared_key {
+                put_key(out, "preshared_key", key.expose());
+            }
             if let Some(endpoint) = endpoint {
                 put(out, "endpoint", endpoint);
             }

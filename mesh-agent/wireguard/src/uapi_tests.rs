@@ -1,4 +1,5 @@
 use proptest::prelude::*;
+use warren_model::PreSharedKey;
 
 use super::*;
 
@@ -110,6 +111,7 @@ fn changes_become_requests_that_do_not_replace() {
     let changes = [
         DeviceChange::SetPeer {
             public_key: key(1),
+            pre_shared_key: None,
             endpoint: None,
             keepalive_seconds: 25,
         },
@@ -126,6 +128,12 @@ fn changes_become_requests_that_do_not_replace() {
             prefix,
         },
         DeviceChange::RemovePeer(key(2)),
+        DeviceChange::SetPeer {
+            public_key: key(2),
+            pre_shared_key: PreSharedKey::from_bytes(&[7; 32]),
+            endpoint: None,
+            keepalive_seconds: 1,
+        },
         DeviceChange::Clear,
     ];
     let requests = format_changes(&changes, 4096);
@@ -141,6 +149,13 @@ fn changes_become_requests_that_do_not_replace() {
         assert_eq!(text.contains("replace_peers"), *request == requests[3]);
     }
     assert!(requests[2].contains("allowed_ip=-10.1.0.0/16\n"));
+    // A peer that gets another pre-shared key is removed first, in the same request: its sessions end.
+    let anew = format!(
+        "{}\nremove=true\npublic_key={}\npreshared_key=",
+        "02".repeat(32),
+        "02".repeat(32)
+    );
+    assert!(requests[2].contains(&anew));
 }
 
 proptest! {
@@ -161,6 +176,7 @@ proptest! {
         let key = |n: u8| PublicKey::from_bytes([n; 32]).unwrap();
         let peers: Vec<_> = peers.into_iter().map(|(n, ((seconds, keepalive, received, sent), place, length))| PeerState {
             public_key: key(n),
+            pre_shared_key: (n % 2 == 0).then(|| crate::psk_id(&[n; 32])),
             endpoint: (place != 0).then(|| ([192, 0, 2, n], place).into()),
             keepalive_seconds: keepalive,
             allowed_ips: vec![IpNet::new([10, n, 0, 1].into(), length).unwrap().trunc()],
@@ -172,7 +188,13 @@ proptest! {
             private_key: None,
             listen_port: port,
             fwmark: 1,
-            peers: peers.iter().map(|peer| (peer.clone(), Some(Zeroizing::new([1; 32])))).collect(),
+            peers: peers
+                .iter()
+                .map(|peer| {
+                    let secret = Zeroizing::new([peer.public_key.as_bytes()[0]; 32]);
+                    (peer.clone(), peer.pre_shared_key.map(|_| secret))
+                })
+                .collect(),
         };
         let state = parse_view(&format_view(&view)).unwrap();
         prop_assert_eq!(state, DeviceState { public_key: None, listen_port: port, peers });

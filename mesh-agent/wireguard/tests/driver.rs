@@ -55,6 +55,7 @@ async fn a_thousand_peers_in_one_call() -> Result<()> {
     for n in 0..1000 {
         changes.push(DeviceChange::SetPeer {
             public_key: peer(n),
+            pre_shared_key: None,
             endpoint: None,
             keepalive_seconds: 0,
         });
@@ -158,6 +159,7 @@ async fn the_fake_fails_when_told_to() -> Result<()> {
     let peers: Vec<_> = (0..3)
         .map(|n| DeviceChange::SetPeer {
             public_key: peer(n),
+            pre_shared_key: None,
             endpoint: None,
             keepalive_seconds: 0,
         })

@@ -153,6 +153,7 @@ async fn changes_under_traffic_lose_nothing() -> Result<()> {
                     },
                     DeviceChange::SetPeer {
                         public_key: b_key,
+                        pre_shared_key: None,
                         endpoint: None,
                         keepalive_seconds: (round % 3) as u16,
                     },

@@ -220,6 +220,11 @@ impl Core {
                         out.push(Output::AskKey { session, generation });
                     }
                 }
+                rotation::Output::Forget { node, forget } => {
+                    if let Some(session) = self.sessions.of_node(&node) {
+                        out.push(Output::ForgetPsk { session, forget });
+                    }
+                }
                 rotation::Output::Write { node, was, keys } => out.extend(self.write(now, &node, was, &keys)),
                 rotation::Output::Revoke(node) => {
                     // Gone meanwhile: then it is what was wanted.

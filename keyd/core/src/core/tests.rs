@@ -32,6 +32,7 @@ pub(crate) fn config() -> ClusterConfig {
         keyd_port: 4250,
         apiserver_port: 6443,
         keepalive_seconds: 25,
+        pre_shared_keys: true,
         mark_mask: 0x3f7f,
         node_ports: (30_000, 32_767),
         host_reaches_pods: true,
@@ -295,6 +296,7 @@ pub(super) fn slots(generation: u64, key: u8) -> [SlotKey; 2] {
         port: 51871 + u16::from(slot),
         generation,
         public_key: public_key(key),
+        pre_shared_keys: false,
     })
 }
 

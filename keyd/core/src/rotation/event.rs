@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::{NodeKeys, NodeName, PublicKey, keys::PairReport};
+use warren_model::{ForgetPsk, NodeKeys, NodeName, PublicKey, keys::PairReport};
 
 use super::{
     spec::RotationSpec,
@@ -84,6 +84,13 @@ pub enum Output {
     },
     /// Revoke a straggler's keys.
     Revoke(NodeName),
+    /// Tell an agent which pre-shared key to forget.
+    Forget {
+        /// The node that is told.
+        node: NodeName,
+        /// The key.
+        forget: ForgetPsk,
+    },
     /// Write the progress of a rotation.
     Status {
         /// Its name.

@@ -20,7 +20,7 @@ pub struct Machine {
     pub(super) flights: BTreeMap<NodeName, Flight>,
     pub(super) rotations: BTreeMap<String, Rotation>,
     revoking: BTreeSet<NodeName>,
-    out: Vec<Output>,
+    pub(super) out: Vec<Output>,
 }
 
 impl Machine {
@@ -165,6 +165,7 @@ impl Machine {
             self.begin_nodes(now, &current);
             self.conclude(&current, unix_seconds);
         }
+        self.settle_conflicts(now);
         self.statuses();
         std::mem::take(&mut self.out)
     }

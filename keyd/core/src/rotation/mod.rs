@@ -88,6 +88,7 @@
 //! * *Concurrency* counts nodes between Preparing and Retiring, without stalled ones; *jitter* delays each start by a
 //!   share that follows from the rotation's and the node's names.
 
+mod conflict;
 mod event;
 mod flight;
 mod look;

@@ -1,6 +1,6 @@
 //! What agents report of their paths, and what follows from both ends together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use warren_model::{
     NodeName, NodeUid,
@@ -16,20 +16,30 @@ struct Reported {
     paths: Vec<PathState>,
     /// Since when this end has said that no path has a fresh handshake.
     silent_since: Option<u64>,
+    /// When the ends were told of a conflict last.
+    told: Option<u64>,
 }
 
 /// What one agent has reported since it connected.
 #[derive(Debug, Default)]
-pub(super) struct Reports(BTreeMap<NodeName, Reported>);
+pub(super) struct Reports {
+    peers: BTreeMap<NodeName, Reported>,
+    /// Of them, those to whom a path has different pre-shared keys at its ends.
+    conflicts: BTreeSet<NodeName>,
+}
 
 impl Reports {
     pub(super) fn put(&mut self, now: u64, report: PairReport) {
         let PairReport { peer, uid, paths } = report;
+        match paths.iter().any(|path| path.conflict.is_some()) {
+            true => self.conflicts.insert(peer.clone()),
+            false => self.conflicts.remove(&peer),
+        };
         if paths.is_empty() {
-            self.0.remove(&peer);
+            self.peers.remove(&peer);
             return;
         }
-        let before = self.0.get(&peer).filter(|before| before.uid == uid);
+        let before = self.peers.get(&peer).filter(|before| before.uid == uid);
         let since = before.map_or(Some(now), |before| before.silent_since);
         let silent = !paths.iter().any(|path| path.verified);
         let silent_since = silent.then_some(since.unwrap_or(now));
@@ -37,21 +47,39 @@ impl Reports {
             uid,
             paths,
             silent_since,
+            told: None,
         };
-        self.0.insert(peer, reported);
+        self.peers.insert(peer, reported);
     }
 
     pub(super) fn clear(&mut self) {
-        self.0.clear();
+        *self = Self::default();
     }
 
     fn reported(&self, peer: &NodeName, uid: &NodeUid) -> Option<&Reported> {
-        self.0.get(peer).filter(|reported| reported.uid == *uid)
+        self.peers.get(peer).filter(|reported| reported.uid == *uid)
     }
 
     /// The paths to this incarnation of a peer; `None` where nothing was reported.
     pub(super) fn of(&self, peer: &NodeName, uid: &NodeUid) -> Option<&[PathState]> {
         self.reported(peer, uid).map(|reported| reported.paths.as_slice())
+    }
+
+    /// Peers to whom a path has different pre-shared keys at its ends.
+    pub(super) fn conflicts(&self) -> impl Iterator<Item = &NodeName> {
+        self.conflicts.iter()
+    }
+
+    /// Whether the ends may be told of a conflict (again); notes that they are.
+    pub(super) fn may_settle(&mut self, now: u64, pause: u64, peer: &NodeName) -> bool {
+        let Some(reported) = self.peers.get_mut(peer) else {
+            return false;
+        };
+        let due = reported.told.is_none_or(|told| now.saturating_sub(told) >= pause);
+        if due {
+            reported.told = Some(now);
+        }
+        due
     }
 
     /// Whether this end has had no path to the peer for so long that no session can be alive. One that has just booted

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use warren_model::{NodeName, PublicKey, SlotKey};
+use warren_model::{ForgetPsk, NodeName, PskConflict, PskId, PublicKey, SlotKey};
 
 use super::{
     Concurrency, Event, Machine, NodeKeys, Outcome, Output, Pace, PairReport, PathState, Phase, Progress,
@@ -26,6 +26,7 @@ fn slots(node: usize, generation: u64) -> Vec<SlotKey> {
         port: 51871 + u16::from(slot),
         generation,
         public_key: key(node, generation),
+        pre_shared_keys: true,
     };
     slots_of(generation).map(slot).to_vec()
 }
@@ -44,6 +45,7 @@ struct Mesh {
     progress: Progress,
     asked: Vec<(NodeName, u64)>,
     revoked: Vec<NodeName>,
+    forgets: Vec<(NodeName, ForgetPsk)>,
 }
 
 impl Mesh {
@@ -55,6 +57,7 @@ impl Mesh {
             progress: Progress::default(),
             asked: vec![],
             revoked: vec![],
+            forgets: vec![],
         };
         mesh.take_over();
         mesh
@@ -119,6 +122,7 @@ impl Mesh {
                     }
                     Output::Status { progress, .. } => self.progress = progress,
                     Output::Revoke(node) => self.revoked.push(node),
+                    Output::Forget { node, forget } => self.forgets.push((node, forget)),
                     Output::Note { .. } => {}
                 }
             }
@@ -160,6 +164,7 @@ impl Mesh {
                     verified,
                     sending,
                     quiet: quiet && !sending,
+                    conflict: None,
                 });
             }
         }
@@ -497,4 +502,70 @@ fn schedules_make_up_for_missed_runs_once() {
         (RotationPhase::Running, 2)
     );
     assert_eq!(mesh.asked.last(), Some(&(name(0), 3)));
+}
+
+#[test]
+fn both_ends_are_told_which_pre_shared_key_to_forget() {
+    let mut mesh = Mesh::new(3);
+    let conflict = |own: Option<u8>, peer: Option<u8>| {
+        let id = |byte: Option<u8>| byte.map(|byte| PskId([byte; 16]));
+        let path = PathState {
+            own: 1,
+            peer: 1,
+            verified: false,
+            sending: true,
+            quiet: false,
+            conflict: Some(PskConflict {
+                own: id(own),
+                peer: id(peer),
+            }),
+        };
+        vec![PairReport {
+            peer: name(1),
+            uid: mesh.keys[1].uid.clone(),
+            paths: vec![path],
+        }]
+    };
+    let lost = conflict(None, Some(7));
+    let differ = conflict(Some(6), Some(7));
+    let report = |mesh: &mut Mesh, pairs: &Vec<PairReport>| {
+        let (node, pairs) = (name(0), pairs.clone());
+        mesh.tell(Event::Report { node, pairs });
+        mesh.poll();
+        std::mem::take(&mut mesh.forgets)
+    };
+    let order = |node: usize, peer: usize, byte: u8| {
+        let peer = name(peer);
+        let id = PskId([byte; 16]);
+        (
+            name(node),
+            ForgetPsk {
+                peer,
+                own: 1,
+                other: 1,
+                id,
+            },
+        )
+    };
+    assert_eq!(report(&mut mesh, &lost), [order(1, 0, 7)]);
+    mesh.after(1_000);
+    assert_eq!(mesh.forgets, [], "it has a while");
+    mesh.after(5_000);
+    assert_eq!(std::mem::take(&mut mesh.forgets), [order(1, 0, 7)]);
+    assert_eq!(report(&mut mesh, &differ), [order(0, 1, 6), order(1, 0, 7)]);
+    // Whoever is not there is told when it comes.
+    mesh.tell(Event::Disconnected(name(1)));
+    mesh.after(5_000);
+    assert_eq!(std::mem::take(&mut mesh.forgets), [order(0, 1, 6)]);
+    mesh.connect(1);
+    mesh.after(5_000);
+    assert_eq!(std::mem::take(&mut mesh.forgets).len(), 2);
+    // It is over, or the one that said so is gone.
+    mesh.report(0, 1, true, true, false);
+    mesh.after(5_000);
+    assert_eq!(mesh.forgets, []);
+    assert_eq!(report(&mut mesh, &lost).len(), 1);
+    mesh.tell(Event::Disconnected(name(0)));
+    mesh.after(5_000);
+    assert_eq!(mesh.forgets, []);
 }

@@ -30,7 +30,7 @@ mod tests;
 
 pub use keyring::Keyring;
 pub use mover::Mover;
-pub use pairs::{LOOK, PATIENCE, Pair, SLOW_LOOK, Tally};
+pub use pairs::{AwaitedPsk, LOOK, PATIENCE, Pair, SLOW_LOOK, Tally};
 pub(crate) use pairs::{Pairs, Seeing, prefixes};
 pub use path::{
     KEY_SLOTS, NodeKeys, Path, YIELD, begins, devices, half, is_draining, is_verified, keepalive, newer,

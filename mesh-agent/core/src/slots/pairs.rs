@@ -5,11 +5,12 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::Duration,
 };
 
 use ipnet::IpNet;
-use warren_model::{NodeKeys, NodeName, NodeRecord, PublicKey};
+use warren_model::{NodeKeys, NodeName, NodeRecord, PublicKey, link_address};
 
 use super::{
     keyring::Keyring,
@@ -19,7 +20,10 @@ use super::{
     },
     report::{PairReport, Reporter, Seen},
 };
-use crate::state::{Peer, State};
+use crate::{
+    psk::{self, Ends, Exchanges, PskUse},
+    state::{Peer, State},
+};
 
 /// How soon to look again while pairs are about to change.
 pub const LOOK: Duration = Duration::from_millis(200);
@@ -37,6 +41,8 @@ pub struct Pair {
     pub paths: Vec<Path>,
     /// Persistent keepalive of each, seconds.
     pub keepalives: Vec<u16>,
+    /// The pre-shared key of each.
+    pub psks: Vec<PskUse>,
     /// The slot that should send.
     pub sending: Option<u8>,
 }
@@ -52,6 +58,19 @@ pub struct Tally {
     pub switched: usize,
     /// Of them, those with a path that is on its way out.
     pub draining: usize,
+}
+
+/// A peer that is not sent to before there is a pre-shared key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AwaitedPsk {
+    /// The peer.
+    pub node: NodeName,
+    /// Since when.
+    pub since: Duration,
+    /// The peer's UDP port where it is agreed on.
+    pub port: u16,
+    /// One end is known to have lost it.
+    pub conflict: bool,
 }
 
 /// What pairs are made from, besides directory and time.
@@ -80,6 +99,8 @@ pub(crate) struct Pairs {
     /// Something about the paths changed.
     changed: Duration,
     look: Option<Duration>,
+    /// A path waits for the tunnel of its exchange.
+    opening: bool,
 }
 
 impl Pairs {
@@ -88,8 +109,10 @@ impl Pairs {
         &mut self,
         now: Duration,
         seeing: &Seeing<'_>,
+        exchanges: &mut Exchanges,
         peers: impl Iterator<Item = (u16, &'a NodeRecord)>,
     ) {
+        self.opening = false;
         let before = std::mem::take(&mut self.pairs);
         let mut wanted = BTreeSet::new();
         let mut look: Option<Duration> = None;
@@ -98,27 +121,53 @@ impl Pairs {
             self.settle(now, &before, &wanted, None);
             return;
         };
+        let peers: Vec<_> = peers
+            .map(|(index, node)| {
+                let other = node.keys();
+                let found = paths(own, &ring, &other);
+                (index, node, other, found)
+            })
+            .collect();
+        let shared = peers.iter().flat_map(|(.., found)| found);
+        let shared: Vec<_> = shared.filter_map(|path| seeing.exchange(own, path)).collect();
         let mut moving = false;
-        for (index, node) in peers {
-            let other = node.keys();
-            let found = paths(own, &ring, &other);
+        for (ends, slot, seen) in &shared {
+            let place = (*slot, ends.peer);
+            wanted.insert(place);
+            let since = *self.since.entry(place).or_insert(now);
+            self.opening |= !seen.open && seen.on_device.is_none();
+            moving |= !seen.open && now < since + PATIENCE;
+        }
+        exchanges.update(now, shared);
+        for (index, node, other, found) in peers {
             if found.is_empty() {
                 self.mover.forget(&node.name);
                 continue;
             }
-            wanted.extend(found.iter().map(|path| (path.slot, path.key)));
-            for path in &found {
+            let psks: Vec<PskUse> = found
+                .iter()
+                .map(|path| psk_of(now, own, path, exchanges))
+                .collect();
+            // What a peer may not be there without is waited for elsewhere.
+            let placed = |psk: &PskUse| *psk != PskUse::Awaited;
+            for (path, _) in found.iter().zip(&psks).filter(|(_, psk)| placed(psk)) {
+                wanted.insert((path.slot, path.key));
                 self.since.entry((path.slot, path.key)).or_insert(now);
             }
             let current = seeing.state.paths.get(&index).map(|path| path.slot);
             let silent = self.silent_turn(now, own, &other, &node.name, current, &found);
-            let ready = self.ready(seeing, own, &other, index, node, current, &found);
+            let ready = self.ready(seeing, own, &other, index, node, current, (&found, &psks));
             let mut pair = Pair {
                 sending: sending(own, &other, &found, current, ready),
                 keepalives: Vec::with_capacity(found.len()),
+                psks,
                 paths: found,
             };
-            for path in &pair.paths {
+            for (path, psk) in pair.paths.iter().zip(&pair.psks) {
+                if !placed(psk) {
+                    pair.keepalives.push(0);
+                    continue;
+                }
                 let since = self.since.get(&(path.slot, path.key)).copied().unwrap_or(now);
                 let fresh = seeing.peer(path).is_some_and(|peer| !peer.silent);
                 moving |= !fresh && now < since + PATIENCE;
@@ -202,7 +251,7 @@ impl Pairs {
         index: u16,
         node: &NodeRecord,
         current: Option<u8>,
-        paths: &[Path],
+        (paths, psks): (&[Path], &[PskUse]),
     ) -> u8 {
         let moves = target(own, other, paths).filter(|path| Some(path.slot) != current);
         let (Some(path), true) = (moves, current.is_some()) else {
@@ -217,7 +266,8 @@ impl Pairs {
         };
         let received = seeing.peer(path).map_or(0, |peer| peer.received);
         let heard = self.mover.is_heard(&node.name, own_key, path, received);
-        let verified = is_verified(seeing.state, index, path, own_key, &prefixes(node));
+        let psk = psk_in(paths, psks, path);
+        let verified = is_verified(seeing.state, index, path, own_key, psk, &prefixes(node));
         u8::from(heard && verified) << path.slot
     }
 
@@ -229,6 +279,32 @@ impl Pairs {
     /// The generation of the key that each device should have.
     pub(crate) fn open(&self) -> [Option<u64>; KEY_SLOTS as usize] {
         self.open
+    }
+
+    /// The path of the active keys to a node, where it waits for its pre-shared key.
+    pub(crate) fn awaited(
+        &self,
+        own: &NodeKeys,
+        node: &NodeRecord,
+        exchanges: &Exchanges,
+    ) -> Option<AwaitedPsk> {
+        let pair = self.pairs.get(&node.name)?;
+        let path = target(own, &node.keys(), &pair.paths)?;
+        let port = path.exchange?;
+        let since = self.since.get(&(path.exchange_slot(), path.key)).copied()?;
+        let conflict = ends(own, path).and_then(|ends| exchanges.conflict(&ends));
+        let awaited = psk_in(&pair.paths, &pair.psks, path) == PskUse::Awaited;
+        (awaited || conflict.is_some()).then(|| AwaitedPsk {
+            node: node.name.clone(),
+            since,
+            port,
+            conflict: conflict.is_some(),
+        })
+    }
+
+    /// Whether a path without its pre-shared key waits for the tunnel where that is agreed on.
+    pub(crate) fn is_opening(&self) -> bool {
+        self.opening
     }
 
     /// When to look again though nothing happens.
@@ -246,6 +322,7 @@ impl Pairs {
         &mut self,
         now: Duration,
         seeing: &Seeing<'_>,
+        exchanges: &Exchanges,
         peers: impl Iterator<Item = (u16, &'a NodeRecord)>,
     ) -> Vec<PairReport> {
         let Some(own) = seeing.own else { return Vec::new() };
@@ -253,16 +330,23 @@ impl Pairs {
         let mut present = BTreeSet::new();
         for (index, node) in peers {
             present.insert(&node.name);
-            let paths = self.pairs.get(&node.name).map_or(&[][..], |pair| &pair.paths);
+            let pair = self.pairs.get(&node.name);
+            let paths = pair.map_or(&[][..], |pair| &pair.paths);
             let prefixes = prefixes(node);
             let mut seen = [Seen::default(); KEY_SLOTS as usize];
             for path in paths {
+                let psk = pair.map_or(PskUse::Awaited, |pair| psk_in(paths, &pair.psks, path));
                 let verified = own
                     .key(path.own)
-                    .is_some_and(|key| is_verified(seeing.state, index, path, key, &prefixes));
+                    .is_some_and(|key| is_verified(seeing.state, index, path, key, psk, &prefixes));
+                let conflict = ends(own, path).and_then(|ends| exchanges.conflict(&ends));
                 let received = seeing.peer(path).map_or(0, |peer| peer.received);
                 if let Some(seen) = seen.get_mut(usize::from(path.slot)) {
-                    *seen = Seen { verified, received };
+                    *seen = Seen {
+                        verified,
+                        received,
+                        conflict,
+                    };
                 }
             }
             let sending = seeing.state.paths.get(&index).map(|path| path.slot);
@@ -291,8 +375,9 @@ impl Pairs {
             let other = node.keys();
             let newest = pair.paths.iter().max_by_key(|path| (path.own, path.peer));
             let verified = newest.is_some_and(|path| {
+                let psk = psk_in(&pair.paths, &pair.psks, path);
                 own.key(path.own)
-                    .is_some_and(|key| is_verified(seeing.state, index, path, key, &prefixes(node)))
+                    .is_some_and(|key| is_verified(seeing.state, index, path, key, psk, &prefixes(node)))
             });
             let sends = seeing.state.paths.get(&index).map(|path| path.slot);
             let active = target(own, &other, &pair.paths).map(|path| path.slot);
@@ -326,6 +411,51 @@ impl Seeing<'_> {
     fn peer(&self, path: &Path) -> Option<&Peer> {
         self.state.devices.get(&path.slot)?.wireguard.peers.get(&path.key)
     }
+
+    /// What the devices show of the pre-shared key of a path that has one.
+    fn exchange(&self, own: &NodeKeys, path: &Path) -> Option<(Ends, u8, psk::Seen)> {
+        path.exchange?;
+        let ends = ends(own, path)?;
+        let slot = path.exchange_slot();
+        let link = IpAddr::from(link_address(&ends.peer)).into();
+        let open = self.state.devices.get(&slot).is_some_and(|device| {
+            device.up
+                && device.wireguard.public_key == Some(ends.own)
+                && device.link == Some(link_address(&ends.own))
+                && device
+                    .wireguard
+                    .peers
+                    .get(&ends.peer)
+                    .is_some_and(|peer| peer.allowed_ips.contains(&link))
+        });
+        let there = self.device_key(path.slot) == Some(ends.own);
+        let peer = self.peer(path).filter(|_| there);
+        let seen = psk::Seen {
+            open,
+            on_device: peer.and_then(|peer| peer.pre_shared),
+            fresh: peer.is_some_and(|peer| !peer.silent),
+        };
+        Some((ends, slot, seen))
+    }
+}
+
+/// The keys of both ends of a path.
+fn ends(own: &NodeKeys, path: &Path) -> Option<Ends> {
+    let own = own.key(path.own)?;
+    Some(Ends { own, peer: path.key })
+}
+
+fn psk_of(now: Duration, own: &NodeKeys, path: &Path, exchanges: &Exchanges) -> PskUse {
+    match (path.exchange, ends(own, path)) {
+        (None, _) => PskUse::Without,
+        (Some(_), Some(ends)) => exchanges.psk(now, &ends),
+        (Some(_), None) => PskUse::Awaited,
+    }
+}
+
+fn psk_in(paths: &[Path], psks: &[PskUse], wanted: &Path) -> PskUse {
+    let found = paths.iter().zip(psks).find(|(path, _)| path.slot == wanted.slot);
+    found.map_or(PskUse::Awaited, |(_, psk)| *psk)
 }
 
 /// Everything that is a node's: what a peer of it may use as source.

@@ -7,7 +7,10 @@ pub use warren_model::keys::{KEY_SLOTS, NodeKeys, half, slot_of};
 use warren_model::{PublicKey, SlotKey};
 
 use super::keyring::Keyring;
-use crate::state::{NodePath, State};
+use crate::{
+    psk::PskUse,
+    state::{NodePath, State},
+};
 
 /// Whether `offered` may take the place of `known`: `active` and `last` of an incarnation never go back, so a record
 /// that would set them back comes from a leader that has not seen the newest.
@@ -28,6 +31,15 @@ pub struct Path {
     pub key: PublicKey,
     /// The peer's UDP port.
     pub port: u16,
+    /// The path has a pre-shared key: the peer's UDP port where it is agreed on. `None`: it has none.
+    pub exchange: Option<u16>,
+}
+
+impl Path {
+    /// This node's slot where a pre-shared key is agreed on: the other one of the same half, which has the same key.
+    pub fn exchange_slot(&self) -> u8 {
+        self.slot ^ 1
+    }
 }
 
 /// All paths of a pair that this node can use, sorted by slot: for each published generation of its own whose private
@@ -44,12 +56,21 @@ pub fn paths(own: &NodeKeys, keyring: &Keyring, peer: &NodeKeys) -> Vec<Path> {
         };
         // A half belongs to one generation, so there is one at most.
         if let Some(there) = peer.slots.iter().find(there) {
+            let shared = here.pre_shared_keys && there.pre_shared_keys;
+            let sibling = own.at(here.slot ^ 1, here.generation);
+            let exchange = sibling.and(peer.at(there.slot ^ 1, there.generation));
+            let exchange = exchange.filter(|_| shared).map(|there| there.port);
+            // Never without it: then a part of what the directory says of a node was refused.
+            if shared && exchange.is_none() {
+                continue;
+            }
             found.push(Path {
                 slot: here.slot,
                 own: here.generation,
                 peer: there.generation,
                 key: there.public_key,
                 port: there.port,
+                exchange,
             });
         }
     }
@@ -70,6 +91,9 @@ pub fn devices<'a>(
     }
     for path in paths {
         open[usize::from(path.slot)] = Some(path.own);
+        if path.exchange.is_some() {
+            open[usize::from(path.exchange_slot())] = Some(path.own);
+        }
     }
     open
 }
@@ -151,25 +175,30 @@ pub fn is_draining(own: &NodeKeys, peer: &NodeKeys, path: &Path) -> bool {
     path.own < own.active || path.peer < peer.active
 }
 
-/// Whether a path is in place at this end, down to its prefixes and its receive bit, and its handshake is fresh.
-/// `index` is the node index of the peer, `own_key` this node's public key of the path's generation.
+/// Whether a path is in place at this end, down to its prefixes, its pre-shared key and its receive bit, and its handshake
+/// is fresh. A peer gets its pre-shared key when it is added, so that no handshake is older than that. `index` is
+/// the node index of the peer, `own_key` this node's public key of the path's generation.
 pub fn is_verified(
     state: &State,
     index: u16,
     path: &Path,
     own_key: PublicKey,
+    psk: PskUse,
     prefixes: &BTreeSet<IpNet>,
 ) -> bool {
+    let wanted = match psk {
+        PskUse::Without => None,
+        PskUse::Awaited => return false,
+        PskUse::With(id) => Some(id),
+    };
     let receives = |entry: &NodePath| entry.receive & (1 << path.slot) != 0;
     state.devices.get(&path.slot).is_some_and(|device| {
         device.exists
             && device.up
             && device.programs
             && device.wireguard.public_key == Some(own_key)
-            && device
-                .wireguard
-                .peers
-                .get(&path.key)
-                .is_some_and(|peer| !peer.silent && peer.allowed_ips.is_superset(prefixes))
+            && device.wireguard.peers.get(&path.key).is_some_and(|peer| {
+                !peer.silent && peer.pre_shared == wanted && peer.allowed_ips.is_superset(prefixes)
+            })
     }) && state.paths.get(&index).is_some_and(receives)
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 pub use warren_model::keys::{PairReport, PathState as PathReport};
-use warren_model::{NodeName, NodeUid};
+use warren_model::{NodeName, NodeUid, PskConflict};
 
 use super::path::{KEY_SLOTS, NodeKeys, Path, is_draining};
 
@@ -18,6 +18,8 @@ pub struct Seen {
     pub verified: bool,
     /// Bytes received from the peer on this device.
     pub received: u64,
+    /// The ends are known to have different pre-shared keys.
+    pub conflict: Option<PskConflict>,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,7 @@ impl Reporter {
                 verified: seen[slot].verified,
                 sending: sending == Some(path.slot),
                 quiet,
+                conflict: seen[slot].conflict,
             }
         };
         let now_paths: Vec<_> = paths.iter().map(report).collect();

@@ -5,13 +5,16 @@ use std::{
     time::Duration,
 };
 
-use warren_model::{NodeName, PublicKey, SlotKey};
+use warren_model::{NodeName, PskId, PublicKey, SlotKey};
 
 use super::{
     Keyring, Mover, NodeKeys, Path, QUIET, Reporter, Seen, begins, devices, half, is_verified, keepalive,
     newer, node_path, paths, sending, slot_of, target,
 };
-use crate::state::{Device, NodePath, Peer, State, WireGuard};
+use crate::{
+    psk::PskUse,
+    state::{Device, NodePath, Peer, State, WireGuard},
+};
 
 fn key(node: u8, generation: u64) -> PublicKey {
     let mut bytes = [9; 32];
@@ -29,6 +32,7 @@ fn keys(node: u8, generations: &[u64], active: u64) -> NodeKeys {
                 port: 51871,
                 generation,
                 public_key: key(node, generation),
+                pre_shared_keys: false,
             })
         })
         .collect();
@@ -84,6 +88,35 @@ fn a_mesh_that_never_rotated_uses_the_first_slot_only() {
         paths(&own, &ring(7, &[1]), &other).is_empty(),
         "another key of the same number"
     );
+}
+
+#[test]
+fn a_path_has_a_pre_shared_key_where_both_keys_were_made_with_them() {
+    let with = |mut keys: NodeKeys, generation: u64| {
+        let slots = keys.slots.iter_mut();
+        for slot in slots.filter(|slot| slot.generation == generation) {
+            slot.pre_shared_keys = true;
+            slot.port += u16::from(slot.slot);
+        }
+        keys
+    };
+    let own = with(keys(1, &[1, 2], 1), 2);
+    let ring = ring(1, &[1, 2]);
+    for (other, shared) in [(keys(2, &[1], 1), false), (with(keys(2, &[1], 1), 1), true)] {
+        let found = paths(&own, &ring, &other);
+        let exchanges: Vec<_> = found.iter().map(|path| (path.slot, path.exchange)).collect();
+        // The other slot of each half, which no path of the same two keys is on.
+        let port = shared.then_some(51871);
+        assert_eq!(exchanges, [(0, None), (2, port)]);
+        assert_eq!(found[1].exchange_slot(), 3);
+        let open = devices(&own, &ring, &found);
+        assert_eq!(open, [Some(1), None, Some(2), shared.then_some(2)]);
+    }
+    // A slot of the key was refused: rather no path than one without.
+    let mut other = with(keys(2, &[1], 1), 1);
+    other.slots.remove(0);
+    let found = paths(&own, &ring, &other);
+    assert_eq!(found.iter().map(|path| path.own).collect::<Vec<_>>(), [0_u64; 0]);
 }
 
 #[test]
@@ -187,6 +220,7 @@ fn a_peer_must_be_heard_since_the_path_is_wanted() {
         peer: generation,
         key: key(2, generation),
         port: 1,
+        exchange: None,
     };
     let mut mover = Mover::default();
     assert!(!mover.is_heard(&peer, key(1, 2), &path(1), 500));
@@ -211,6 +245,7 @@ fn only_what_changed_is_reported_and_quiet_needs_a_second() {
         let seen = Seen {
             verified: true,
             received,
+            conflict: None,
         };
         [seen, Seen::default(), seen, Seen::default()]
     };
@@ -247,9 +282,11 @@ fn verified_means_everything_is_in_place() {
         peer: 1,
         key: key(2, 1),
         port: 1,
+        exchange: Some(2),
     };
     let prefixes = BTreeSet::from(["10.0.0.0/24".parse().unwrap()]);
     let peer = Peer {
+        pre_shared: Some(PskId([7; 16])),
         allowed_ips: prefixes.clone(),
         ..Peer::default()
     };
@@ -273,8 +310,12 @@ fn verified_means_everything_is_in_place() {
             receive: 0b101,
         },
     );
-    let check = |state: &State| is_verified(state, 7, &path, key(1, 2), &prefixes);
+    let with = |state: &State, psk| is_verified(state, 7, &path, key(1, 2), psk, &prefixes);
+    let check = |state: &State| with(state, PskUse::With(PskId([7; 16])));
     assert!(check(&good));
+    for psk in [PskUse::Without, PskUse::Awaited, PskUse::With(PskId([8; 16]))] {
+        assert!(!with(&good, psk), "{psk:?}");
+    }
     let spoil: [fn(&mut State); 7] = [
         |state| state.devices.get_mut(&2).unwrap().up = false,
         |state| state.devices.get_mut(&2).unwrap().programs = false,

@@ -25,6 +25,7 @@ pub(crate) fn config() -> ClusterConfig {
         keyd_port: 4250,
         apiserver_port: 6443,
         keepalive_seconds: 25,
+        pre_shared_keys: true,
         mark_mask: 0x3f7f,
         node_ports: (30_000, 32_767),
         host_reaches_pods: true,
@@ -68,6 +69,7 @@ pub(crate) fn node(n: u8) -> NodeRecord {
             port: 51871,
             generation: 1,
             public_key: key(n),
+            pre_shared_keys: false,
         }],
         active: 1,
         last: 1,
@@ -174,6 +176,7 @@ fn apply_device(state: &mut State, action: Action) {
         Action::AttachTunnel(slot) => device(state, slot).programs = true,
         Action::SetMtu { slot, mtu } => device(state, slot).mtu = mtu,
         Action::SetAddress { slot, address } => device(state, slot).address = Some(address),
+        Action::SetLink { slot, address } => device(state, slot).link = Some(address),
         Action::DeviceUp(slot) => device(state, slot).up = true,
         Action::SetKey {
             slot,
@@ -186,11 +189,16 @@ fn apply_device(state: &mut State, action: Action) {
         Action::SetPeer {
             slot,
             peer,
+            pre_shared,
             endpoint,
             keepalive,
         } => {
-            let found = device(state, slot).wireguard.peers.entry(peer).or_default();
-            found.keepalive = keepalive;
+            let peers = &mut device(state, slot).wireguard.peers;
+            let added = !peers.contains_key(&peer);
+            let found = peers.entry(peer).or_default();
+            // A peer that is there keeps its sessions, so its pre-shared key may not change.
+            assert!(added || pre_shared.is_none());
+            (found.pre_shared, found.keepalive) = (pre_shared.or(found.pre_shared), keepalive);
             found.endpoint = endpoint.or(found.endpoint);
         }
         Action::RemovePeer { slot, peer } => {

@@ -43,6 +43,7 @@ pub(super) fn view_state(state: &State) -> DeviceView {
         let view = peer.view();
         let state = PeerState {
             public_key: peer.key,
+            pre_shared_key: view.preshared_key.as_deref().and_then(crate::some_psk_id),
             endpoint: view.endpoint,
             keepalive_seconds: view.keepalive_seconds,
             allowed_ips: prefixes.remove(&peer.index).unwrap_or_default(),

@@ -51,6 +51,7 @@ pub(super) fn plan(device: &str, changes: &[DeviceChange], removes_prefixes: boo
             ]),
             DeviceChange::SetPeer {
                 public_key,
+                pre_shared_key,
                 endpoint,
                 keepalive_seconds,
             } => {
@@ -58,6 +59,8 @@ pub(super) fn plan(device: &str, changes: &[DeviceChange], removes_prefixes: boo
                     WireguardPeerAttribute::PublicKey(*public_key.as_bytes()),
                     WireguardPeerAttribute::PersistentKeepalive(*keepalive_seconds),
                 ];
+                let key = pre_shared_key.as_ref();
+                peer.extend(key.map(|key| WireguardPeerAttribute::PresharedKey(*key.expose())));
                 peer.extend(endpoint.map(WireguardPeerAttribute::Endpoint));
                 plan.peer(WireguardPeer(peer));
             }
@@ -214,6 +217,7 @@ fn merge_peer(
         PublicKey::from_bytes(key.ok_or("a peer has no key")?).map_err(|_| "a peer's key is refused")?;
     let peer = peers.entry(public_key).or_insert_with(|| PeerState {
         public_key,
+        pre_shared_key: None,
         endpoint: None,
         keepalive_seconds: 0,
         allowed_ips: Vec::new(),
@@ -223,6 +227,7 @@ fn merge_peer(
     });
     for attribute in attributes {
         match attribute {
+            WireguardPeerAttribute::PresharedKey(key) => peer.pre_shared_key = crate::some_psk_id(&key),
             WireguardPeerAttribute::Endpoint(endpoint) => peer.endpoint = Some(endpoint),
             WireguardPeerAttribute::PersistentKeepalive(seconds) => peer.keepalive_seconds = seconds,
             WireguardPeerAttribute::RxBytes(bytes) => peer.received_bytes = bytes,

@@ -1,7 +1,7 @@
 use netlink_packet_core::{Nla, ParseableParametrized as _};
 use netlink_packet_generic::GenlHeader;
 use netlink_packet_wireguard::{WireguardCmd, WireguardMessage, WireguardTimeSpec};
-use warren_model::PrivateKey;
+use warren_model::{PreSharedKey, PrivateKey};
 
 use super::*;
 
@@ -119,6 +119,7 @@ fn a_prefix_is_taken_away_by_flag_or_by_a_throw_away_peer() {
 fn order_is_kept_around_device_changes() {
     let peer = |n| DeviceChange::SetPeer {
         public_key: key(n),
+        pre_shared_key: None,
         endpoint: None,
         keepalive_seconds: 25,
     };
@@ -136,6 +137,24 @@ fn order_is_kept_around_device_changes() {
     assert_eq!(peers(&steps[0]).len(), 1);
     assert_eq!(peers(&steps[1]).len(), 0);
     assert_eq!(flags(&peers(&steps[2])[1]), Some(WireguardPeerFlags::RemoveMe));
+}
+
+#[test]
+fn a_peer_that_gets_another_pre_shared_key_is_removed_first() {
+    let changes = [
+        DeviceChange::RemovePeer(key(1)),
+        DeviceChange::SetPeer {
+            public_key: key(1),
+            pre_shared_key: PreSharedKey::from_bytes(&[7; 32]),
+            endpoint: None,
+            keepalive_seconds: 1,
+        },
+    ];
+    let steps = plan("warren0", &changes, true);
+    let peers = peers(&steps[0]);
+    assert_eq!((steps.len(), peers.len()), (1, 2));
+    assert_eq!(flags(&peers[0]), Some(WireguardPeerFlags::RemoveMe));
+    assert!(peers[1].contains(&WireguardPeerAttribute::PresharedKey([7; 32])));
 }
 
 #[test]
@@ -172,6 +191,7 @@ fn a_dump_is_merged_over_its_messages() {
             nano_seconds: 5,
         }),
         WireguardPeerAttribute::RxBytes(11),
+        WireguardPeerAttribute::PresharedKey([7; 32]),
         WireguardPeerAttribute::TxBytes(12),
         WireguardPeerAttribute::AllowedIps(vec![allowed_ip(net("10.2.0.0/16"), false)]),
     ]);
@@ -181,6 +201,7 @@ fn a_dump_is_merged_over_its_messages() {
     ]);
     let other = WireguardPeer(vec![
         WireguardPeerAttribute::PublicKey(*key(1).as_bytes()),
+        WireguardPeerAttribute::PresharedKey([0; 32]),
         WireguardPeerAttribute::LastHandshake(WireguardTimeSpec::default()),
     ]);
     let state = state(
@@ -199,6 +220,8 @@ fn a_dump_is_merged_over_its_messages() {
         [key(1), key(2)]
     );
     assert_eq!(state.peers[0].last_handshake, None);
+    let psks: Vec<_> = state.peers.iter().map(|peer| peer.pre_shared_key).collect();
+    assert_eq!(psks, [None, Some(crate::psk_id(&[7; 32]))]);
     assert_eq!(
         state.peers[1].allowed_ips,
         [net("10.1.0.0/16"), net("10.2.0.0/16")]

@@ -1,7 +1,7 @@
 //! Changes of devices, the same for every driver.
 
 use ipnet::IpNet;
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 use warren_wireguard::{DeviceChange, DeviceState};
 
 pub fn peer(n: u32) -> PublicKey {
@@ -44,6 +44,9 @@ pub fn changes(count: u32) -> Vec<DeviceChange> {
         changes.push(match next(10) {
             0..3 => DeviceChange::SetPeer {
                 public_key,
+                pre_shared_key: (next(4) == 0)
+                    .then(|| PreSharedKey::from_bytes(&[1 + next(3) as u8; 32]))
+                    .flatten(),
                 endpoint: (next(2) == 0)
                     .then(|| ([192, 0, 2, next(250) as u8], 1 + next(60_000) as u16).into()),
                 keepalive_seconds: next(3) as u16 * 1000,

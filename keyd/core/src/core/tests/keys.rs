@@ -231,6 +231,7 @@ fn report_all(index: &mut Index, keys: &[(u64, &[u64], u64)]) {
         let pairs = (0..keys.len()).filter(|there| *there != here).map(|there| {
             let (own, peer) = (&keys[here], &keys[there]);
             let path = |own_generation: &u64, peer_generation: &u64| PathState {
+                conflict: None,
                 own: *own_generation,
                 peer: *peer_generation,
                 verified: true,
