@@ -111,6 +111,8 @@ named! {
         FlowTable => "flow-table",
         /// A service's address as source of a packet from outside.
         ServiceAddress => "service-address",
+        /// A decrypted packet from or to an address of the link's scope that is not of the exchange of pre-shared keys.
+        LinkScope => "link-scope",
     }
 }
 

@@ -34,6 +34,15 @@ impl Address {
         }
     }
 
+    /// An IPv6 address in fe80::/64, where all link-local ones are (RFC 4291 section 2.5.6).
+    #[inline(always)]
+    pub fn is_link_local_v6(&self) -> bool {
+        match self {
+            Self::V4(_) => false,
+            Self::V6(a) => a[0] == 0xfe && a[1] == 0x80 && a[2..8] == [0; 6],
+        }
+    }
+
     /// fe80::/10, 169.254.0.0/16, or a multicast or broadcast address.
     #[inline(always)]
     pub fn is_link_scoped(&self) -> bool {
@@ -286,6 +295,15 @@ mod tests {
             (Address::V4([10, 0, 0, 1]), false),
         ] {
             assert_eq!(address.is_link_scoped(), scoped, "{address:?}");
+        }
+        for (text, local) in [
+            ("fe80::1", true),
+            ("fe80:0:0:1::1", false),
+            ("fe81::1", false),
+            ("ff02::1", false),
+        ] {
+            let address: std::net::Ipv6Addr = text.parse().unwrap();
+            assert_eq!(Address::V6(address.octets()).is_link_local_v6(), local, "{text}");
         }
         for (text, scoped) in [
             ("ff02::1", true),

@@ -151,6 +151,7 @@ impl World {
             ("fd00:10:244:3::", 64, OwnerTag::RemotePod, 3, 0),
             ("fd00:192::1", 128, OwnerTag::LocalNode, 0, 1),
             ("fd00:192::2", 128, OwnerTag::RemoteNode, 2, 6),
+            ("fe80::1", 128, OwnerTag::LocalNode, 0, 1),
         ] {
             let value = OwnerValue {
                 identity,

@@ -1,8 +1,10 @@
 //! The two ends of a WireGuard device.
 
-use warren_abi::{DropReason, Hook, OwnerTag};
+use warren_abi::{DropReason, EXCHANGE_PORT, Hook, OwnerTag};
 
-use crate::{Judgement, Link, Maps, Meta, Packet, Scratch, Verdict, endpoint::conclude, host, ip};
+use crate::{
+    Judgement, Link, Maps, Meta, Packet, Scratch, Verdict, endpoint::conclude, host, ip, transport::UDP,
+};
 
 /// Egress of a tunnel device: destination, its owner's node, the device that sends to it now. All traffic to
 /// other nodes is routed to one device; which one sends is read here, as only here pass host, forwarded and
@@ -33,7 +35,11 @@ fn send<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut Scr
         return Err(DropReason::BadEthertype);
     }
     if scratch.ip.destination.is_link_scoped() {
-        return Err(DropReason::NotUnicast);
+        // The agent's own: made on this host, and on the device where it is. No pod's, and nothing that is forwarded.
+        return match scratch.now.from == 0 && is_exchange(packet, scratch)? {
+            true => Ok(Verdict::Pass { mark: meta.mark }),
+            false => Err(DropReason::NotUnicast),
+        };
     }
     let owner = maps.owner(&scratch.ip.destination).ok_or(DropReason::NoOwner)?;
     let node = match OwnerTag::parse(owner.tag) {
@@ -62,6 +68,18 @@ fn receive<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut 
     if !ip::read(packet, scratch, link)? {
         return Err(DropReason::BadEthertype);
     }
+    let tunnelled = Verdict::Pass {
+        mark: (meta.mark & !settings.mark_mask) | settings.tunnel_mark,
+    };
+    if scratch.ip.source.is_link_scoped() || scratch.ip.destination.is_link_scoped() {
+        // From whom it is, the device itself knows by the source; it stays here.
+        let owner = maps.owner(&scratch.ip.destination).map(|owner| owner.tag);
+        let here = owner == Some(OwnerTag::LocalNode as u8);
+        return match here && is_exchange(packet, scratch)? {
+            true => Ok(tunnelled),
+            false => Err(DropReason::LinkScope),
+        };
+    }
     let owner = maps.owner(&scratch.ip.source).ok_or(DropReason::BadOwner)?;
     let node = match OwnerTag::parse(owner.tag) {
         Some(OwnerTag::RemotePod | OwnerTag::RemoteNode) => owner.node,
@@ -74,9 +92,20 @@ fn receive<P: Packet, M: Maps>(packet: &P, maps: &M, meta: &Meta, scratch: &mut 
     if host::is_own(maps, &scratch.ip.destination) {
         host::enter::<true, P, M>(packet, maps, scratch, settings.tunnel_mark)?;
     }
-    Ok(Verdict::Pass {
-        mark: (meta.mark & !settings.mark_mask) | settings.tunnel_mark,
-    })
+    Ok(tunnelled)
+}
+
+/// Whether a packet is one of the exchange of pre-shared keys: between link-local addresses, UDP without anything before
+/// it, whole, and at the port of the exchange at both ends, which only root may have.
+#[inline(always)]
+fn is_exchange<P: Packet>(packet: &P, scratch: &Scratch) -> Result<bool, DropReason> {
+    let ip = &scratch.ip;
+    if !ip.source.is_link_local_v6() || !ip.destination.is_link_local_v6() || ip.next != UDP {
+        return Ok(false);
+    }
+    let ports = ip.load::<4, P>(packet, ip.payload)?;
+    let [high, low] = EXCHANGE_PORT.to_be_bytes();
+    Ok(ports == [high, low, high, low])
 }
 
 #[cfg(test)]
@@ -228,6 +257,104 @@ mod tests {
             enter(&v6("::", POD_V6, 17, &[0; 8]), TUNNEL0),
             Err(DropReason::BadOwner)
         );
+    }
+
+    /// This device's link-local address, which its owner map knows, and a peer's.
+    const LINK: &str = "fe80::1";
+    const PEER_LINK: &str = "fe80::2";
+
+    fn exchange(source: &str, destination: &str, protocol: u8, ports: (u16, u16)) -> Vec<u8> {
+        let [source_port, destination_port] = [ports.0, ports.1].map(u16::to_be_bytes);
+        let payload = [&source_port[..], &destination_port, &[0; 24]].concat();
+        v6(source, destination, protocol, &payload)
+    }
+
+    const PORTS: (u16, u16) = (EXCHANGE_PORT, EXCHANGE_PORT);
+
+    #[test]
+    fn pre_shared_keys_are_agreed_on_between_link_local_addresses() {
+        let made_here = |packet: &[u8], mark, ingress_ifindex| {
+            let meta = Meta {
+                ifindex: TUNNEL1,
+                mark,
+                ingress_ifindex,
+                ..Meta::default()
+            };
+            run(tun_eg, packet, &World::new(), &meta)
+        };
+        let packet = exchange(LINK, PEER_LINK, 17, PORTS);
+        assert_eq!(
+            made_here(&packet, 0, 0),
+            Ok(Verdict::Pass { mark: 0 }),
+            "by no path"
+        );
+        let foreign = Ok(Verdict::Pass { mark: !MARK_MASK });
+        assert_eq!(
+            made_here(&packet, !MARK_MASK, 0),
+            foreign,
+            "another's bits of the mark"
+        );
+        let refused = Err(DropReason::NotUnicast);
+        for (mark, ingress) in [
+            (POD_MARK, 0),
+            (TUNNEL_MARK, 0),
+            (TUNNEL_MARK | POD_MARK, 0),
+            (0, 3),
+        ] {
+            assert_eq!(
+                made_here(&packet, mark, ingress),
+                refused,
+                "a pod's, or forwarded"
+            );
+        }
+        let inward = exchange(PEER_LINK, LINK, 17, PORTS);
+        let accepted = Ok(Verdict::Pass {
+            mark: !MARK_MASK | TUNNEL_MARK,
+        });
+        assert_eq!(enter(&inward, TUNNEL0), accepted);
+        let strange = Err(DropReason::LinkScope);
+        for (source, destination, protocol, ports) in [
+            // Ports that others may have; other protocols; extension headers.
+            (PEER_LINK, LINK, 17, (EXCHANGE_PORT, 53)),
+            (PEER_LINK, LINK, 17, (50_000, EXCHANGE_PORT)),
+            (PEER_LINK, LINK, 6, PORTS),
+            (PEER_LINK, LINK, 58, PORTS),
+            (PEER_LINK, LINK, 0, PORTS),
+            (PEER_LINK, LINK, 44, PORTS),
+            // Not this node's, multicast, or not link-local at both ends.
+            (PEER_LINK, "fe80::3", 17, PORTS),
+            (PEER_LINK, "ff02::1", 17, PORTS),
+            (PEER_LINK, POD_V6, 17, PORTS),
+            (PEER_LINK, "fd00:192::1", 17, PORTS),
+            ("fd00:10:244:2::9", LINK, 17, PORTS),
+            ("fd00:192::2", LINK, 17, PORTS),
+            ("::", LINK, 17, PORTS),
+            ("ff02::1", LINK, 17, PORTS),
+        ] {
+            let packet = exchange(source, destination, protocol, ports);
+            assert_eq!(
+                enter(&packet, TUNNEL0),
+                strange,
+                "{source} {destination} {protocol} {ports:?}"
+            );
+        }
+        for (protocol, ports) in [
+            (17, (EXCHANGE_PORT, 53)),
+            (17, (50_000, EXCHANGE_PORT)),
+            (58, PORTS),
+            (0, PORTS),
+        ] {
+            let packet = exchange(LINK, PEER_LINK, protocol, ports);
+            assert_eq!(made_here(&packet, 0, 0), refused, "{protocol} {ports:?}");
+        }
+        assert_eq!(
+            made_here(&exchange("fd00:192::1", PEER_LINK, 17, PORTS), 0, 0),
+            refused
+        );
+        assert_eq!(enter(&from4([169, 254, 41, 52]), TUNNEL0), strange);
+        for length in 40..44 {
+            assert_eq!(enter(&inward[..length], TUNNEL0), Err(DropReason::Truncated));
+        }
     }
 
     #[test]

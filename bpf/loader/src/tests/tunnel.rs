@@ -6,7 +6,7 @@
 use std::{
     fs::File,
     io::{ErrorKind, Read as _, Write as _},
-    net::UdpSocket,
+    net::{SocketAddrV6, UdpSocket},
     os::fd::AsRawFd as _,
     path::Path as FilePath,
     time::{Duration, Instant},
@@ -308,5 +308,77 @@ fn a_barrier_on_a_device_without_link_layer() {
         }
         ip_command("route add 198.51.100.0/24 dev tun0");
         assert!(node.leaves("198.51.100.9", 0, "cleartext-out"), "the world");
+    });
+}
+
+/// Tries again until it is so.
+fn until(node: &mut Node, mut done: impl FnMut(&mut Node) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done(node) {
+        assert!(Instant::now() < deadline, "{:?}", node.datapath.drops_by_hook());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The exchange of pre-shared keys: a socket of the host on the link-local address of a device, by no path and under a host
+/// policy that lets nothing through.
+#[test]
+fn packets_of_the_exchange_stay_on_their_device() {
+    both_modes(|mut node| {
+        let port = warren_abi::EXCHANGE_PORT;
+        ip_command("-6 addr add fe80::1/64 dev tun1 nodad");
+        let own = crate::Owner {
+            kind: crate::OwnerKind::LocalNode,
+            node: 0,
+            identity: 1,
+        };
+        node.datapath
+            .set_owner("fe80::1/128".parse().unwrap(), own)
+            .unwrap();
+        let closed = crate::PolicyEndpoint {
+            policy: 1,
+            cidr_table: 1,
+            audit: false,
+            ingress_open: false,
+            egress_open: false,
+        };
+        node.datapath.set_policy_endpoint(0, closed).unwrap();
+        let device = ifindex("tun1");
+        let address = |text: &str, port| SocketAddrV6::new(text.parse().unwrap(), port, 0, device);
+        let socket = UdpSocket::bind(address("fe80::1", port)).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let strange = UdpSocket::bind(address("fe80::1", 0)).unwrap();
+        socket.send_to(b"warren", address("fe80::2", port)).unwrap();
+        until(&mut node, |node| node.tunnels[1].next_to("fe80::2"));
+        for (socket, port) in [(&strange, port), (&socket, 53)] {
+            until(&mut node, |node| {
+                let before = dropped(&node.datapath, "not-unicast");
+                socket.send_to(b"warren", address("fe80::2", port)).unwrap();
+                let counted = dropped(&node.datapath, "not-unicast") > before;
+                assert!(!node.tunnels[1].next_to("fe80::2"));
+                counted
+            });
+        }
+        let inject = |node: &mut Node, to: &str, source_port: u16, port: u16| {
+            let mut packet = udp([0; 6], "fe80::2", to)[14..].to_vec();
+            packet[40..42].copy_from_slice(&source_port.to_be_bytes());
+            packet[42..44].copy_from_slice(&port.to_be_bytes());
+            packet[46..48].fill(0);
+            finish_checksums(&mut packet, 40);
+            node.tunnels[1].0.write_all(&packet).expect("the device is up");
+        };
+        until(&mut node, |node| {
+            inject(node, "fe80::1", port, port);
+            socket.recv(&mut [0; 64]).is_ok()
+        });
+        while socket.recv(&mut [0; 64]).is_ok() {}
+        for (to, source_port) in [("fe80::1", 50_000), ("fe80::3", port), ("fd00:10:244:1::2", port)] {
+            until(&mut node, |node| {
+                let before = dropped(&node.datapath, "link-scope");
+                inject(node, to, source_port, port);
+                dropped(&node.datapath, "link-scope") > before
+            });
+        }
+        assert!(socket.recv(&mut [0; 64]).is_err());
     });
 }
