@@ -39,6 +39,7 @@ fn pods_talk_through_the_tunnel_and_the_agent_may_die() {
         assert!(status.enabled, "{:?}", status.mismatches);
         assert_eq!(status.peers.len(), 1);
         assert!(status.peers[0].last_handshake_seconds.is_some());
+        assert!(status.peers[0].pre_shared_key, "{:?}", status.peers);
         // Nothing is configured: a kernel with WireGuard must be used.
         let kernel = std::path::Path::new("/sys/module/wireguard").exists();
         assert_eq!(status.datapath == warren_model::Datapath::Kernel, kernel);

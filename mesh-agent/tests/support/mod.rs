@@ -138,6 +138,10 @@ impl Mesh {
         let key_file = home.join("state/keys/slot0.key");
         fs::write(&key_file, STANDARD.encode(key.expose())).unwrap();
         fs::set_permissions(&key_file, fs::Permissions::from_mode(0o600)).unwrap();
+        // The key was made with pre-shared keys.
+        let psk_file = home.join("state/keys/gen1.psk");
+        fs::write(&psk_file, "warren-psk 1\n").unwrap();
+        fs::set_permissions(&psk_file, fs::Permissions::from_mode(0o600)).unwrap();
         let (ca, root) = self.keyd.trust();
         for directory in ["state/trust", "trust"] {
             fs::create_dir_all(home.join(directory)).unwrap();
@@ -221,7 +225,7 @@ pub(crate) fn slots_of_key(generation: u64, public_key: PublicKey) -> Vec<SlotKe
         port: 51871 + u16::from(slot),
         generation,
         public_key,
-        pre_shared_keys: false,
+        pre_shared_keys: true,
     };
     slots_of(generation).map(slot).into()
 }
