@@ -398,7 +398,7 @@ impl Runner {
     fn due(&self) -> (Instant, Wake) {
         let at = |time: Duration, wake| (self.started + time, wake);
         let look = self.agent.next_look().map(|look| at(look, Wake::Look));
-        let exchange = self.agent.next_exchange(self.now());
+        let exchange = self.agent.next_exchange();
         let exchange = exchange.map(|time| at(time, Wake::Exchange));
         let compare = (self.due_besides_looks(), Wake::Compare);
         let first = [look, exchange].into_iter().flatten().min_by_key(|(at, _)| *at);
@@ -597,7 +597,7 @@ impl Runner {
                 self.agent.exchanges().done(now, done);
             }
         }
-        self.look |= self.agent.exchanges().take_changed();
+        self.look |= !self.agent.exchanges().take_changed().is_empty();
     }
 
     /// Tells `keyd` what the devices showed of the paths, where that has changed.

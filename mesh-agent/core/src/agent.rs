@@ -297,8 +297,8 @@ impl Agent {
     }
 
     /// When an exchange has something to do though nothing happens.
-    pub fn next_exchange(&self, now: Duration) -> Option<Duration> {
-        self.exchanges.next(now)
+    pub fn next_exchange(&self) -> Option<Duration> {
+        self.exchanges.next()
     }
 
     /// `keyd` says that a pre-shared key is to be forgotten. One that is not meant stays.
@@ -456,7 +456,7 @@ impl Agent {
                     if let Some(endpoint) = endpoint {
                         self.given.insert((*slot, *peer), *endpoint);
                     }
-                    self.placed(*slot, *peer, *pre_shared);
+                    self.placed(now, *slot, *peer, *pre_shared);
                 }
             }
             Err(reason) => {
@@ -467,10 +467,10 @@ impl Agent {
     }
 
     /// A device has a peer's pre-shared key: whoever waits for it is told at once.
-    fn placed(&mut self, slot: u8, peer: PublicKey, pre_shared: Option<PskId>) {
+    fn placed(&mut self, now: Duration, slot: u8, peer: PublicKey, pre_shared: Option<PskId>) {
         let own = self.desired.devices.get(&slot);
         if let (Some(own), Some(id)) = (own.and_then(|device| device.wireguard.public_key), pre_shared) {
-            self.exchanges.placed(&Ends { own, peer }, id);
+            self.exchanges.placed(now, &Ends { own, peer }, id);
         }
     }
 

@@ -78,6 +78,8 @@ pub(super) struct Exchange {
     /// The other end says that it has agreed on nothing.
     challenged: bool,
     agreed_at: Option<Duration>,
+    /// The device waits for the other end's.
+    holding: bool,
     answered: Option<Answered>,
     /// The question that is answered once the device has the key.
     owed: Option<(Nonce, PskId)>,
@@ -115,6 +117,7 @@ impl Exchange {
             acknowledged: false,
             challenged: false,
             agreed_at: None,
+            holding: false,
             answered: None,
             owed: None,
             due,
@@ -391,7 +394,7 @@ impl Exchange {
                 self.answered = None;
                 if self.begins {
                     (self.nonce, self.offer) = (None, None);
-                    (self.acknowledged, self.agreed_at) = (false, Some(now));
+                    (self.acknowledged, self.agreed_at, self.holding) = (false, Some(now), true);
                     self.hurry(now);
                 }
             }
@@ -426,6 +429,10 @@ impl Exchange {
         if self.wanted != self.record && !self.saving && now >= self.save_after {
             self.saving = true;
             out.push(Want::Save(self.wanted.clone()));
+        }
+        if self.holding && self.hold_until().is_none_or(|until| now >= until) {
+            self.holding = false;
+            self.changed = true;
         }
         if !self.speaks() || now < self.due {
             return;
@@ -467,10 +474,10 @@ impl Exchange {
     }
 
     /// When something is due though nothing happens.
-    pub(super) fn next(&self, now: Duration) -> Option<Duration> {
+    pub(super) fn next(&self) -> Option<Duration> {
         let save = (self.wanted != self.record && !self.saving).then_some(self.save_after);
         let speak = self.speaks().then_some(self.due);
-        let hold = self.hold_until().filter(|until| *until > now);
+        let hold = self.hold_until().filter(|_| self.holding);
         save.into_iter().chain(speak).chain(hold).min()
     }
 

@@ -1,7 +1,7 @@
 //! All paths of a node that have a pre-shared key.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv6Addr,
     time::Duration,
 };
@@ -38,12 +38,23 @@ pub struct Exchanges {
     salt: [u8; 7],
     /// What was on disk at the start, of paths that were not named yet.
     found: BTreeMap<Ends, Record>,
-    paths: BTreeMap<Ends, (u8, Exchange)>,
+    paths: BTreeMap<Ends, Path>,
     /// The path of a peer's link-local address on a slot.
     places: HashMap<(u8, Ipv6Addr), Ends>,
+    /// When a path has something to do.
+    queue: BTreeSet<(Duration, Ends)>,
     counters: Counters,
-    changed: bool,
+    changed: BTreeSet<Ends>,
     work: Vec<Work>,
+}
+
+#[derive(Debug)]
+struct Path {
+    /// Of the exchange.
+    slot: u8,
+    exchange: Exchange,
+    /// Its place in the queue.
+    due: Option<Duration>,
 }
 
 impl Exchanges {
@@ -59,127 +70,76 @@ impl Exchanges {
     /// All paths that there are, each with the slot of its exchange and what the devices show of it. Others are over: their keys
     /// are destroyed.
     pub fn update(&mut self, now: Duration, paths: impl IntoIterator<Item = (Ends, u8, Seen)>) {
-        let mut named = BTreeMap::new();
+        let mut named = BTreeSet::new();
         for (ends, slot, seen) in paths {
-            let record = self.found.remove(&ends);
-            let path = self.paths.entry(ends).or_insert_with(|| {
-                let begins = begins(ends.own, ends.peer);
-                (
-                    slot,
-                    Exchange::new(now, begins, record.unwrap_or_default(), self.salt),
-                )
-            });
-            path.0 = slot;
-            let mut wants = vec![];
-            path.1.look(now, seen, &mut wants);
-            self.take(ends, slot, wants);
-            named.insert(ends, slot);
+            self.see(now, ends, slot, seen);
+            named.insert(ends);
         }
-        // What was found and is of no path that there is.
+        self.retain(now, |ends| named.contains(ends));
+    }
+
+    /// A path with the slot of its exchange and what the devices show of it.
+    pub fn see(&mut self, now: Duration, ends: Ends, slot: u8, seen: Seen) {
+        let record = self.found.remove(&ends);
+        if !self.paths.contains_key(&ends) {
+            self.open(now, ends, slot, record.unwrap_or_default());
+        }
+        self.places.insert((slot, link_address(&ends.peer)), ends);
+        self.with(now, ends, |path, wants| {
+            path.slot = slot;
+            path.exchange.look(now, seen, wants);
+        });
+    }
+
+    /// Paths that are not to be `kept` are over, also those that are on disk alone.
+    pub fn retain(&mut self, now: Duration, kept: impl Fn(&Ends) -> bool) {
         for (ends, record) in std::mem::take(&mut self.found) {
-            let begins = begins(ends.own, ends.peer);
-            self.paths
-                .insert(ends, (0, Exchange::new(now, begins, record, self.salt)));
+            self.open(now, ends, 0, record);
         }
-        for (ends, (_, exchange)) in &mut self.paths {
-            if !named.contains_key(ends) && !exchange.over {
-                exchange.end();
-            }
+        let gone = self
+            .paths
+            .iter()
+            .filter(|(ends, path)| !path.exchange.over && !kept(ends));
+        for ends in gone.map(|(ends, _)| *ends).collect::<Vec<_>>() {
+            self.with(now, ends, |path, _| path.exchange.end());
         }
-        self.paths.retain(|_, (_, exchange)| !exchange.is_done());
-        let place = |(ends, slot): (&Ends, &u8)| ((*slot, link_address(&ends.peer)), *ends);
-        self.places = named.iter().map(place).collect();
+        self.places.retain(|_, ends| kept(ends));
     }
 
-    /// What the path's peer is to have on its device.
-    pub fn psk(&self, now: Duration, ends: &Ends) -> PskUse {
-        match self.paths.get(ends).and_then(|(_, exchange)| exchange.key(now)) {
-            Some(id) => PskUse::With(id),
-            None => PskUse::Awaited,
-        }
-    }
-
-    /// What both ends have, where it is known to differ.
-    pub fn conflict(&self, ends: &Ends) -> Option<PskConflict> {
-        self.paths.get(ends)?.1.conflict
-    }
-
-    /// `keyd` says that a path's key, if it is this one, is to be forgotten.
-    pub fn forget(&mut self, now: Duration, ends: &Ends, id: PskId) {
-        if let Some((slot, exchange)) = self.paths.get_mut(ends) {
-            let slot = *slot;
-            exchange.forget(now, id);
-            self.take(*ends, slot, vec![]);
-        }
-    }
-
-    /// A packet came on a slot's device, from its port of the exchange and to ours.
-    pub fn received(&mut self, now: Duration, slot: u8, from: Ipv6Addr, bytes: &[u8]) {
-        let path = self.places.get(&(slot, from)).copied();
-        let Some((ends, (_, exchange))) = path.and_then(|ends| Some((ends, self.paths.get_mut(&ends)?)))
-        else {
-            self.counters.malformed += 1;
-            return;
+    fn open(&mut self, now: Duration, ends: Ends, slot: u8, record: Record) {
+        let begins = begins(ends.own, ends.peer);
+        let path = Path {
+            slot,
+            exchange: Exchange::new(now, begins, record, self.salt),
+            due: None,
         };
-        if !exchange.admits(now) {
-            self.counters.refused += 1;
-            return;
-        }
-        let Some(message) = Message::parse(bytes) else {
-            self.counters.malformed += 1;
-            return;
-        };
+        self.paths.insert(ends, path);
+    }
+
+    /// Lets a path do something, and takes what comes of it.
+    fn with<T>(
+        &mut self,
+        now: Duration,
+        ends: Ends,
+        work: impl FnOnce(&mut Path, &mut Vec<Want>) -> T,
+    ) -> Option<T> {
+        let path = self.paths.get_mut(&ends)?;
         let mut wants = vec![];
-        match exchange.hear(now, message, &mut wants) {
-            Heard::Good => {}
-            Heard::Unexpected => self.counters.unexpected += 1,
-            Heard::TooMany => self.counters.refused += 1,
+        let result = work(path, &mut wants);
+        if std::mem::take(&mut path.exchange.changed) {
+            self.changed.insert(ends);
         }
-        self.take(ends, slot, wants);
-    }
-
-    /// The device of a path's slot has a peer with this key by now.
-    pub fn placed(&mut self, ends: &Ends, id: PskId) {
-        if let Some((slot, exchange)) = self.paths.get_mut(ends) {
-            let mut wants = vec![];
-            let slot = *slot;
-            exchange.placed(id, &mut wants);
-            self.take(*ends, slot, wants);
+        let slot = path.slot;
+        let due = path.exchange.next();
+        if let Some(before) = std::mem::replace(&mut path.due, due) {
+            self.queue.remove(&(before, ends));
         }
-    }
-
-    /// What came of something that was to be done.
-    pub fn done(&mut self, now: Duration, done: Done) {
-        let ends = match &done {
-            Done::Begun(ends, ..) | Done::Answered(ends, ..) => *ends,
-            Done::Finished(ends, ..) | Done::Saved(ends, ..) => *ends,
-        };
-        let failed = matches!(
-            done,
-            Done::Begun(_, _, None)
-                | Done::Answered(_, _, None)
-                | Done::Finished(_, _, None)
-                | Done::Saved(_, _, false)
-        );
-        self.counters.failed += u64::from(failed);
-        let Some((slot, exchange)) = self.paths.get_mut(&ends) else {
-            return;
-        };
-        let (slot, mut wants) = (*slot, vec![]);
-        match done {
-            Done::Begun(_, nonce, offer) => exchange.begun(now, nonce, offer),
-            Done::Answered(_, nonce, answer) => exchange.answered(nonce, answer),
-            Done::Finished(_, nonce, id) => exchange.finished(nonce, id),
-            Done::Saved(_, record, written) => {
-                let agreed = record.agreed.filter(|_| written);
-                self.counters.agreed += u64::from(agreed.is_some() && exchange.agreed() != agreed);
-                exchange.saved(now, record, written, &mut wants);
-            }
-        }
-        if exchange.is_done() {
+        self.queue.extend(due.map(|due| (due, ends)));
+        if path.exchange.is_done() {
             self.paths.remove(&ends);
         }
         self.take(ends, slot, wants);
+        Some(result)
     }
 
     fn take(&mut self, ends: Ends, slot: u8, wants: Vec<Want>) {
@@ -202,35 +162,107 @@ impl Exchanges {
                 },
             });
         }
-        if let Some((_, exchange)) = self.paths.get_mut(&ends) {
-            self.changed |= std::mem::take(&mut exchange.changed);
+    }
+
+    /// What the path's peer is to have on its device.
+    pub fn psk(&self, now: Duration, ends: &Ends) -> PskUse {
+        match self.paths.get(ends).and_then(|path| path.exchange.key(now)) {
+            Some(id) => PskUse::With(id),
+            None => PskUse::Awaited,
+        }
+    }
+
+    /// What both ends have, where it is known to differ.
+    pub fn conflict(&self, ends: &Ends) -> Option<PskConflict> {
+        self.paths.get(ends)?.exchange.conflict
+    }
+
+    /// `keyd` says that a path's key, if it is this one, is to be forgotten.
+    pub fn forget(&mut self, now: Duration, ends: &Ends, id: PskId) {
+        self.with(now, *ends, |path, _| path.exchange.forget(now, id));
+    }
+
+    /// A packet came on a slot's device, from its port of the exchange and to ours.
+    pub fn received(&mut self, now: Duration, slot: u8, from: Ipv6Addr, bytes: &[u8]) {
+        let ends = self.places.get(&(slot, from)).copied();
+        let Some(path) = ends.and_then(|ends| self.paths.get_mut(&ends)) else {
+            self.counters.malformed += 1;
+            return;
+        };
+        if !path.exchange.admits(now) {
+            self.counters.refused += 1;
+            return;
+        }
+        let (Some(ends), Some(message)) = (ends, Message::parse(bytes)) else {
+            self.counters.malformed += 1;
+            return;
+        };
+        match self.with(now, ends, |path, wants| path.exchange.hear(now, message, wants)) {
+            Some(Heard::Good) | None => {}
+            Some(Heard::Unexpected) => self.counters.unexpected += 1,
+            Some(Heard::TooMany) => self.counters.refused += 1,
+        }
+    }
+
+    /// The device of a path's slot has a peer with this key by now.
+    pub fn placed(&mut self, now: Duration, ends: &Ends, id: PskId) {
+        self.with(now, *ends, |path, wants| path.exchange.placed(id, wants));
+    }
+
+    /// What came of something that was to be done.
+    pub fn done(&mut self, now: Duration, done: Done) {
+        let failed = matches!(
+            done,
+            Done::Begun(_, _, None)
+                | Done::Answered(_, _, None)
+                | Done::Finished(_, _, None)
+                | Done::Saved(_, _, false)
+        );
+        self.counters.failed += u64::from(failed);
+        match done {
+            Done::Begun(ends, nonce, offer) => {
+                self.with(now, ends, |path, _| path.exchange.begun(now, nonce, offer));
+            }
+            Done::Answered(ends, nonce, answer) => {
+                self.with(now, ends, |path, _| path.exchange.answered(nonce, answer));
+            }
+            Done::Finished(ends, nonce, id) => {
+                self.with(now, ends, |path, _| path.exchange.finished(nonce, id));
+            }
+            Done::Saved(ends, record, written) => {
+                let agreed = self.with(now, ends, |path, wants| {
+                    let before = path.exchange.agreed();
+                    path.exchange.saved(now, record, written, wants);
+                    path.exchange
+                        .agreed()
+                        .filter(|_| path.exchange.agreed() != before)
+                });
+                self.counters.agreed += u64::from(agreed.flatten().is_some());
+            }
         }
     }
 
     /// What is to be done now.
     pub fn poll(&mut self, now: Duration) -> Vec<Work> {
-        let ends: Vec<Ends> = self.paths.keys().copied().collect();
-        for ends in ends {
-            let mut wants = vec![];
-            if let Some((slot, exchange)) = self.paths.get_mut(&ends) {
-                let slot = *slot;
-                exchange.poll(now, &mut wants);
-                self.take(ends, slot, wants);
-            }
+        let due: Vec<Ends> = self
+            .queue
+            .iter()
+            .take_while(|(at, _)| *at <= now)
+            .map(|(_, ends)| *ends)
+            .collect();
+        for ends in due {
+            self.with(now, ends, |path, wants| path.exchange.poll(now, wants));
         }
         std::mem::take(&mut self.work)
     }
 
     /// When to poll again though nothing happens.
-    pub fn next(&self, now: Duration) -> Option<Duration> {
-        self.paths
-            .values()
-            .filter_map(|(_, exchange)| exchange.next(now))
-            .min()
+    pub fn next(&self) -> Option<Duration> {
+        self.queue.first().map(|(at, _)| *at)
     }
 
-    /// Whether a device may have to be given another key than before; asked once for each change.
-    pub fn take_changed(&mut self) -> bool {
+    /// Paths whose devices may have to be given another key than before; each is named once for each change.
+    pub fn take_changed(&mut self) -> BTreeSet<Ends> {
         std::mem::take(&mut self.changed)
     }
 

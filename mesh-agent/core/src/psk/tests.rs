@@ -118,7 +118,7 @@ impl World {
         match end.exchanges.psk(self.now, &end.ends) {
             PskUse::With(id) if end.device != Some(id) => {
                 end.device = Some(id);
-                end.exchanges.placed(&end.ends, id);
+                end.exchanges.placed(self.now, &end.ends, id);
             }
             PskUse::Awaited => end.device = None,
             PskUse::With(_) | PskUse::Without => {}
@@ -396,7 +396,7 @@ fn a_path_that_is_gone_takes_its_keys_along() {
         }]
     );
     end.exchanges.done(world.now, Done::Saved(ends, record, true));
-    assert_eq!(end.exchanges.next(world.now), None);
+    assert_eq!(end.exchanges.next(), None);
     // What is found on disk and belongs to no path goes as well.
     let found = Record {
         agreed: Some(PskId([1; 16])),
