@@ -1,13 +1,21 @@
 //! The agent around the functions of its core: disk, stream, devices. Killed between any two of its steps.
 
-use std::{collections::BTreeSet, rc::Rc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+    time::Duration,
+};
 
-use warren_agent_core::slots::{self, KEY_SLOTS, Keyring, Mover, NodeKeys, Reporter, Seen};
+use warren_agent_core::{
+    psk::{Ends, Exchanges, Nonce, Record},
+    slots::{self, KEY_SLOTS, Keyring, Mover, NodeKeys, Reporter, Seen},
+};
 use warren_keyd_core::rotation::{PairReport, PathState, slots_of};
 use warren_model::SlotKey;
 
 use super::{
     MILLI, Micros, NodeId, SECOND, Sabotage,
+    exchange::{ends, psk_of},
     stream::{Down, Up, Update},
     world::{Event, KeyFiles, World},
 };
@@ -18,6 +26,7 @@ pub(super) struct Disk {
     pub(super) version: (u64, u64),
     pub(super) nodes: Vec<Option<Rc<NodeKeys>>>,
     pub(super) keys: KeyFiles,
+    pub(super) psks: BTreeMap<Ends, Record>,
 }
 
 /// A running agent.
@@ -32,6 +41,12 @@ pub(super) struct Memory {
     /// A directory came by this stream.
     live: bool,
     reporter: Reporter,
+    pub(super) exchanges: Exchanges,
+    /// The paths with pre-shared keys, by peer.
+    pub(super) shared: Vec<Vec<Ends>>,
+    /// Secrets of the offers of this life.
+    pub(super) offers: BTreeMap<Ends, (Nonce, u64)>,
+    pub(super) next_exchange: Micros,
     pub(super) mover: Mover,
     dirty: BTreeSet<NodeId>,
     pub(super) draining: BTreeSet<NodeId>,
@@ -84,6 +99,8 @@ impl World {
         for device in here.kernel.devices.iter().flatten() {
             here.disk.keys.entry(device.generation).or_insert(device.key);
         }
+        let salt = self.dice.bits().to_le_bytes();
+        let here = &mut self.nodes[node];
         let disk = &here.disk;
         let stale = disk.version < here.kernel.marker && self.sabotage != Sabotage::TrustStaleDisk;
         let nodes = match disk.nodes.is_empty() {
@@ -99,6 +116,13 @@ impl World {
             connection: None,
             live: false,
             reporter: Reporter::default(),
+            exchanges: Exchanges::new(
+                disk.psks.clone(),
+                [salt[0], salt[1], salt[2], salt[3], salt[4], salt[5], salt[6]],
+            ),
+            shared: vec![vec![]; self.control_cuts.len()],
+            offers: BTreeMap::new(),
+            next_exchange: Micros::MAX,
             mover: Mover::default(),
             draining: BTreeSet::new(),
             open: None,
@@ -116,7 +140,7 @@ impl World {
         self.at(pause, Event::Connect(node, life));
     }
 
-    fn tick_within(&mut self, node: NodeId, most: Micros) {
+    pub(super) fn tick_within(&mut self, node: NodeId, most: Micros) {
         let after = self.between(most / 4 + 1, most + 1);
         let at = self.now + after;
         let life = self.nodes[node].life;
@@ -182,6 +206,7 @@ impl World {
         let _ = match message {
             Down::Update(update) => self.update(node, connection, &update),
             Down::Ask(generation) => self.asked(node, connection, generation),
+            Down::Forget(forget) => self.forget_psk(node, &forget),
         };
     }
 
@@ -257,12 +282,13 @@ impl World {
             self.step(node)?;
         }
         let public_key = self.nodes[node].disk.keys[&generation];
+        let agrees = self.agrees(public_key);
         let place = |slot| SlotKey {
             slot,
             port: 51871 + u16::from(slot),
             generation,
             public_key,
-            pre_shared_keys: true,
+            pre_shared_keys: agrees,
         };
         self.say(connection, Up::Offer(slots_of(generation).map(place).to_vec()));
         Ok(())
@@ -290,7 +316,7 @@ impl World {
         agent.dirty.remove(&node);
         agent.dirty.extend(&agent.draining);
         let targets: Vec<_> = std::mem::take(&mut agent.dirty).into_iter().collect();
-        if self.apply(node, &targets).is_err() {
+        if self.apply(node, &targets).is_err() || self.exchange(node).is_err() {
             return;
         }
         if self.judge.is_booting(node) && self.is_live(node) && self.has_caught_up(node) {
@@ -360,9 +386,16 @@ impl World {
                 let mut seen = [Seen::default(); KEY_SLOTS as usize];
                 for path in &paths {
                     let entry = self.nodes[node].kernel.peer(path.slot, peer);
+                    let ends = ends(own, path);
                     seen[usize::from(path.slot)] = Seen {
-                        verified: self.is_verified(node, peer, path),
+                        verified: self.is_verified(
+                            node,
+                            peer,
+                            path,
+                            psk_of(self.now, &agent.exchanges, own, path),
+                        ),
                         received: entry.map_or(0, |entry| entry.received),
+                        conflict: ends.and_then(|ends| agent.exchanges.conflict(&ends)),
                     };
                 }
                 let sending = self.nodes[node].kernel.paths[peer].map(|path| path.slot);
@@ -381,6 +414,7 @@ impl World {
                 _ => path.sending,
             },
             quiet: path.quiet || lie == Sabotage::EarlyMoved,
+            conflict: path.conflict,
         };
         Some(PairReport {
             peer: report.peer,

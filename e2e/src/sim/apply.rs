@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use warren_agent_core::{
     NodePath,
+    psk::PskUse,
     slots::{self, KEY_SLOTS, NodeKeys, Path},
 };
 
@@ -38,8 +39,10 @@ impl World {
         if let Some(agent) = self.nodes[node].agent.as_mut() {
             agent.open = Some(open);
         }
+        self.see_exchanges(node, own.as_deref(), &wanted);
         self.add_receive_bits(node, own.as_deref(), &wanted)?;
         self.open_devices(node, &open)?;
+        self.open_exchanges(node, own.as_deref(), &wanted)?;
         self.add_peers(node, own.as_deref(), &wanted)?;
         self.move_paths(node, own.as_deref(), &wanted)?;
         self.unreach(node, &wanted)?;
@@ -102,6 +105,7 @@ impl World {
                 generation,
                 key,
                 peers: vec![None; count],
+                exchange: vec![None; count],
             });
         }
         Ok(())
@@ -122,7 +126,17 @@ impl World {
                 let may_begin = begins || there.is_some_and(waited);
                 let keepalive = slots::keepalive(own, &other, paths, path, may_begin, 25);
                 let slot = slots::slot_of(path.peer, path.own);
-                if there.is_some_and(|entry| entry.key == path.key && entry.keepalive == keepalive) {
+                let psk = match self.psk_of(node, own, path) {
+                    PskUse::Awaited => {
+                        let there = there.is_some();
+                        self.await_psk(node, *peer, path, there)?;
+                        continue;
+                    }
+                    PskUse::Without => None,
+                    PskUse::With(id) => Some(id),
+                };
+                let same = |entry: &Peer| entry.key == path.key && entry.psk == psk;
+                if there.is_some_and(|entry| same(entry) && entry.keepalive == keepalive) {
                     continue;
                 }
                 self.step(node)?;
@@ -135,13 +149,14 @@ impl World {
                 let now = self.now;
                 if let Some(device) = self.nodes[node].kernel.devices[usize::from(path.slot)].as_mut() {
                     match &mut device.peers[*peer] {
-                        Some(entry) if entry.key == path.key => entry.keepalive = keepalive,
-                        entry => *entry = Some(Peer::new(path.key, slot, keepalive, now)),
+                        Some(entry) if same(entry) => entry.keepalive = keepalive,
+                        entry => *entry = Some(Peer::new(path.key, slot, psk, keepalive, now)),
                     }
                     if keepalive > 0 {
                         self.arm(node, path.slot, *peer, MILLI);
                     }
                 }
+                self.placed(node, own, path, psk);
                 self.probe(node, *peer);
             }
         }
@@ -156,14 +171,15 @@ impl World {
             let Some(there) = self.nodes[node].kernel.paths[*peer] else {
                 continue;
             };
-            let ready = self.ready(node, *peer, there.slot, slots::target(own, &other, paths));
+            let ready = self.ready(node, *peer, own, there.slot, slots::target(own, &other, paths));
             if let Some(slot) = slots::sending(own, &other, paths, Some(there.slot), ready) {
                 let path = NodePath { slot, ..there };
                 self.set_path(node, *peer, Some(path))?;
             }
             let yields = |path: &Path| {
                 let entry = self.nodes[node].kernel.peer(path.slot, *peer);
-                entry.is_some_and(|entry| entry.keepalive == 0 && !entry.is_fresh(self.now))
+                path.exchange.is_some() && entry.is_none()
+                    || entry.is_some_and(|entry| entry.keepalive == 0 && !entry.is_fresh(self.now))
             };
             let draining = paths
                 .iter()
@@ -179,10 +195,20 @@ impl World {
     }
 
     /// The bit of the path to move to, once it is ready.
-    fn ready(&mut self, node: NodeId, peer: NodeId, current: u8, target: Option<&Path>) -> u8 {
+    fn ready(
+        &mut self,
+        node: NodeId,
+        peer: NodeId,
+        own: &NodeKeys,
+        current: u8,
+        target: Option<&Path>,
+    ) -> u8 {
         let name = self.nodes[peer].name.clone();
         let blind = self.sabotage == Sabotage::Blind;
-        let verified = target.filter(|path| path.slot != current && self.is_verified(node, peer, path));
+        let verified = target.filter(|path| {
+            let psk = self.psk_of(node, own, path);
+            path.slot != current && self.is_verified(node, peer, path, psk)
+        });
         let here = &mut self.nodes[node];
         let (Some(agent), Some(path)) = (here.agent.as_mut(), target.filter(|path| path.slot != current))
         else {
@@ -202,6 +228,7 @@ impl World {
 
     fn unreach(&mut self, node: NodeId, wanted: &[(NodeId, Vec<Path>)]) -> Step {
         for (peer, paths) in wanted {
+            self.close_exchanges(node, *peer, paths)?;
             for slot in 0..KEY_SLOTS {
                 let stays = paths.iter().any(|path| path.slot == slot);
                 if stays || self.nodes[node].kernel.peer(slot, *peer).is_none() {
@@ -241,7 +268,9 @@ impl World {
             self.step(node)?;
             self.note(|| format!("agent {node} destroys key generation {generation}"));
             let here = &mut self.nodes[node];
-            here.disk.keys.remove(&generation);
+            if let Some(key) = here.disk.keys.remove(&generation) {
+                here.disk.psks.retain(|ends, _| ends.own != key);
+            }
             let Some(agent) = here.agent.as_mut() else {
                 return Err(Dead);
             };
@@ -254,12 +283,18 @@ impl World {
         Ok(())
     }
 
-    pub(super) fn is_verified(&self, node: NodeId, peer: NodeId, path: &Path) -> bool {
+    pub(super) fn is_verified(&self, node: NodeId, peer: NodeId, path: &Path, psk: PskUse) -> bool {
+        let psk = match psk {
+            PskUse::Awaited => return false,
+            PskUse::Without => None,
+            PskUse::With(id) => Some(id),
+        };
         let here = &self.nodes[node];
         let device = here.kernel.device(path.slot);
         let entry = here.kernel.peer(path.slot, peer);
         device.is_some_and(|device| device.generation == path.own)
-            && entry.is_some_and(|entry| entry.key == path.key && entry.is_fresh(self.now))
+            && entry
+                .is_some_and(|entry| entry.key == path.key && entry.psk == psk && entry.is_fresh(self.now))
             && here.kernel.receives(path.slot, peer)
     }
 }

@@ -267,6 +267,13 @@ impl World {
                     self.tell(connection, Down::Ask(generation));
                 }
             }
+            Output::Forget { node, forget } => {
+                let node = self.index[&node];
+                self.note(|| format!("keyd {keyd} tells node {node}: {forget:?}"));
+                if let Some(connection) = self.term(keyd, epoch).and_then(|term| term.streams[node]) {
+                    self.tell(connection, Down::Forget(forget));
+                }
+            }
             Output::Write { node, was, keys } => {
                 let node = self.index[&node];
                 let delay = self.between(MILLI, 30 * MILLI);

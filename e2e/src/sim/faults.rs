@@ -62,6 +62,8 @@ pub(super) fn world(seed: u64, sabotage: Sabotage, trace: bool) -> World {
     let mut world = World::new(seed, count, sabotage, trace);
     world.longest_delay = [2, 20, 100, 400][dice.roll(4)] * MILLI;
     world.loss_per_mille = [0, 10, 50, 100][dice.roll(4)];
+    // On, off, or turned on and off with new keys.
+    world.percent_with_psks = [100, 100, 100, 50, 80, 0][dice.roll(6)];
     let first = 2 + dice.roll(count - 1);
     world.watch_lag = [50 * MILLI, 800 * MILLI, 10 * SECOND][dice.roll(3)];
     world.at(0, Event::Lead);

@@ -4,7 +4,7 @@
 //! send when it has the response; a responder when it has received something under the new session.
 
 use warren_agent_core::{NodePath, slots::KEY_SLOTS};
-use warren_model::PublicKey;
+use warren_model::{PskId, PublicKey};
 
 use super::{Micros, NodeId, SECOND};
 
@@ -51,6 +51,8 @@ pub(super) struct Peer {
     pub(super) key: PublicKey,
     /// The slot behind its port.
     pub(super) slot: u8,
+    /// Set when the peer is added, and never after.
+    pub(super) psk: Option<PskId>,
     /// Seconds; 0 for none.
     pub(super) keepalive: u16,
     pub(super) next: Option<Session>,
@@ -69,10 +71,11 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) fn new(key: PublicKey, slot: u8, keepalive: u16, added: Micros) -> Self {
+    pub(super) fn new(key: PublicKey, slot: u8, psk: Option<PskId>, keepalive: u16, added: Micros) -> Self {
         Self {
             key,
             slot,
+            psk,
             keepalive,
             next: None,
             current: None,
@@ -104,6 +107,8 @@ pub(super) struct Device {
     pub(super) generation: u64,
     pub(super) key: PublicKey,
     pub(super) peers: Vec<Option<Peer>>,
+    /// Peers whose only prefix is their link-local address, without pre-shared key: their key and slot.
+    pub(super) exchange: Vec<Option<(PublicKey, u8)>>,
 }
 
 /// Devices and maps.
@@ -157,7 +162,7 @@ impl Kernel {
         self.paths[node].is_some_and(|path| path.receive & (1 << slot) != 0)
     }
 
-    /// An initiation from a peer's key to ours. Returns whether it is answered.
+    /// An initiation from a peer's key to ours. Where it is answered: the pre-shared key of the answer.
     pub(super) fn on_init(
         &mut self,
         now: Micros,
@@ -165,7 +170,7 @@ impl Kernel {
         from: (NodeId, PublicKey),
         to: PublicKey,
         id: u64,
-    ) -> Result<(), Refused> {
+    ) -> Result<Option<PskId>, Refused> {
         self.addressed(slot, from, to)?;
         let peer = self.peer_mut(slot, from.0).ok_or(Refused::NoPeer)?;
         if id <= peer.newest {
@@ -177,22 +182,25 @@ impl Kernel {
             at: now,
             mine: false,
         });
-        Ok(())
+        Ok(peer.psk)
     }
 
-    /// A response. Returns whether it completes a handshake.
+    /// A response. Returns whether it completes a handshake: not where it was made with another pre-shared key.
     pub(super) fn on_response(
         &mut self,
         now: Micros,
         slot: u8,
         from: (NodeId, PublicKey),
         to: PublicKey,
-        id: u64,
+        (id, psk): (u64, Option<PskId>),
     ) -> bool {
         if self.addressed(slot, from, to).is_err() {
             return false;
         }
-        let Some(peer) = self.peer_mut(slot, from.0).filter(|peer| peer.begun == Some(id)) else {
+        let Some(peer) = self
+            .peer_mut(slot, from.0)
+            .filter(|peer| peer.begun == Some(id) && peer.psk == psk)
+        else {
             return false;
         };
         peer.begun = None;

@@ -22,6 +22,7 @@
 mod agent;
 mod apply;
 mod control;
+mod exchange;
 mod faults;
 mod judge;
 mod kernel;
@@ -61,6 +62,8 @@ pub enum Sabotage {
     TrustStaleDisk,
     /// Agents move without having heard the peer.
     MoveUnheard,
+    /// Agents do not wait for a pre-shared key, and add it later.
+    WithoutPsk,
 }
 
 /// What came of one seed.

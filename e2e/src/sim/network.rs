@@ -1,6 +1,6 @@
 //! Packets between the nodes.
 
-use warren_model::PublicKey;
+use warren_model::{PskId, PublicKey};
 
 use super::{
     MILLI, Micros, NodeId, SECOND,
@@ -20,7 +20,8 @@ pub(super) struct End {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
     Init,
-    Response,
+    /// With this pre-shared key.
+    Response(Option<PskId>),
     Keepalive,
     /// Whether its loss is a violation, and the era of the pair.
     Data(bool, u32),
@@ -39,7 +40,7 @@ pub(super) struct Packet {
 const DATA_BYTES: u64 = 1_000;
 
 impl World {
-    fn delay(&mut self) -> Micros {
+    pub(super) fn delay(&mut self) -> Micros {
         200 + self.dice.bits() % self.longest_delay
     }
 
@@ -52,18 +53,23 @@ impl World {
         if self.is_cut(packet.from.node, packet.to.node) {
             return;
         }
-        if !matches!(packet.kind, Kind::Data(..)) {
-            let chance = self.dice.roll(1000) as u32;
-            if chance < self.loss_per_mille {
-                return;
-            }
-            if chance > 990 {
-                let delay = self.delay();
-                self.at(delay, Event::Packet(packet));
-            }
+        let times = match packet.kind {
+            Kind::Data(..) => 1,
+            Kind::Init | Kind::Response(_) | Kind::Keepalive => self.copies(),
+        };
+        for _ in 0..times {
+            let delay = self.delay();
+            self.at(delay, Event::Packet(packet));
         }
-        let delay = self.delay();
-        self.at(delay, Event::Packet(packet));
+    }
+
+    /// How often something arrives that may be lost or doubled.
+    pub(super) fn copies(&mut self) -> u32 {
+        match self.dice.roll(1000) as u32 {
+            chance if chance < self.loss_per_mille => 0,
+            991.. => 2,
+            _ => 1,
+        }
     }
 
     /// A data packet from one node to another, as the path map says now.
@@ -73,7 +79,16 @@ impl World {
         }
         let judged = self.judge.is_steady(from, to);
         let (slot, session, key, other) = match self.nodes[from].kernel.sends(self.now, to) {
-            Ok((slot, session, key, peer)) => (slot, session, key, (peer.slot, peer.key)),
+            Ok((slot, session, key, peer)) => {
+                let (shared, psk) = (self.is_shared(key, peer.key), peer.psk);
+                let other = (peer.slot, peer.key);
+                if shared != psk.is_some() {
+                    self.violation(format!(
+                        "a packet from node {from} to node {to} by slot {slot}: pre-shared key {psk:?}, to have one: {shared}"
+                    ));
+                }
+                (slot, session, key, other)
+            }
             Err(refused) => {
                 if judged {
                     self.lost(from, to, "is not sent", refused);
@@ -128,17 +143,17 @@ impl World {
         let sender = (from.node, from.key);
         match kind {
             Kind::Init => {
-                if kernel.on_init(now, to.slot, sender, to.key, session).is_ok() {
+                if let Ok(psk) = kernel.on_init(now, to.slot, sender, to.key, session) {
                     self.transmit(Packet {
                         from: to,
                         to: from,
                         session,
-                        kind: Kind::Response,
+                        kind: Kind::Response(psk),
                     });
                 }
             }
-            Kind::Response => {
-                if kernel.on_response(now, to.slot, sender, to.key, session) {
+            Kind::Response(psk) => {
+                if kernel.on_response(now, to.slot, sender, to.key, (session, psk)) {
                     self.handshake_done(to.node, to.slot, from.node, session);
                     self.transmit(Packet {
                         from: to,

@@ -137,7 +137,7 @@ pub(super) fn count_up(world: &mut World, node: NodeId, message: &Up) {
                 .map(|pair| 2 + NAME + UID + 12 * pair.paths.len() as u64)
                 .sum()
         }
-        Up::Offer(slots) => 43 * slots.len() as u64,
+        Up::Offer(slots) => 45 * slots.len() as u64,
     };
     traffic.up[node].0 += 1;
     traffic.up[node].1 += bytes;
@@ -149,10 +149,11 @@ pub(super) fn count_down(world: &mut World, node: NodeId, message: &Down) {
     };
     let bytes = match message {
         Down::Ask(_) => 4,
+        Down::Forget(_) => 2 + NAME + 4 + 18,
         Down::Update(update) => {
             let entry = |keys: &Option<_>| match keys {
                 // Two addresses and two prefixes of both families beside the keys.
-                Some(keys) => 2 * NAME + UID + 124 + 43 * slots_in(keys),
+                Some(keys) => 2 * NAME + UID + 124 + 45 * slots_in(keys),
                 None => NAME + 4,
             };
             MANIFEST + update.nodes.iter().map(|(_, keys)| entry(keys)).sum::<u64>()

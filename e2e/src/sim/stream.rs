@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use warren_agent_core::slots;
 use warren_keyd_core::rotation::{self, PairReport};
-use warren_model::SlotKey;
+use warren_model::{ForgetPsk, SlotKey};
 
 use super::{
     MILLI, Micros, NodeId, SECOND, scale,
@@ -25,6 +25,7 @@ pub(super) enum Up {
 pub(super) enum Down {
     Update(Rc<Update>),
     Ask(u64),
+    Forget(ForgetPsk),
 }
 
 /// A version of the directory.

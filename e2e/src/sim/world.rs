@@ -2,10 +2,11 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap, HashMap},
+    collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap},
     rc::Rc,
 };
 
+use warren_agent_core::psk::Ends;
 use warren_keyd_core::rotation::NodeKeys;
 use warren_model::{NodeName, NodeUid, PublicKey};
 
@@ -16,7 +17,7 @@ use super::{
     faults::Fault,
     judge::Judge,
     kernel::Kernel,
-    network::Packet,
+    network::{End, Packet},
     scale::Traffic,
     stream::{Connection, Down, Up},
 };
@@ -36,6 +37,14 @@ pub(super) enum Event {
     Start(NodeId, u32),
     Connect(NodeId, u32),
     Tick(NodeId, u32),
+    /// A packet of an exchange of pre-shared keys.
+    Exchange {
+        from: End,
+        to: End,
+        bytes: Vec<u8>,
+    },
+    /// An exchange of a node has something to do.
+    Due(NodeId, u32),
     Up(usize, Up),
     Down(usize, Down),
     AgentLoses(usize),
@@ -123,6 +132,10 @@ pub(super) struct World {
     pub(super) timers: u64,
     pub(super) sessions: u64,
     keys_made: u64,
+    /// Keys that were made with pre-shared keys.
+    with_psks: BTreeSet<PublicKey>,
+    /// How many of a hundred are.
+    pub(super) percent_with_psks: usize,
     pub(super) judge: Judge,
     pub(super) sabotage: Sabotage,
     pub(super) probes: bool,
@@ -174,6 +187,8 @@ impl World {
             timers: 0,
             sessions: 0,
             keys_made: 0,
+            with_psks: BTreeSet::new(),
+            percent_with_psks: 100,
             judge: Judge::new(nodes.len()),
             sabotage,
             probes: true,
@@ -215,9 +230,22 @@ impl World {
             let mut bytes = [7; 32];
             bytes[..8].copy_from_slice(&self.keys_made.to_le_bytes());
             if let Ok(key) = PublicKey::from_bytes(bytes) {
+                if self.dice.roll(100) < self.percent_with_psks {
+                    self.with_psks.insert(key);
+                }
                 return key;
             }
         }
+    }
+
+    /// Whether a key was made with pre-shared keys.
+    pub(super) fn agrees(&self, key: PublicKey) -> bool {
+        self.with_psks.contains(&key)
+    }
+
+    /// Whether a path between two keys has a pre-shared key.
+    pub(super) fn is_shared(&self, one: PublicKey, other: PublicKey) -> bool {
+        self.agrees(one) && self.agrees(other)
     }
 
     pub(super) fn between(&mut self, least: Micros, most: Micros) -> Micros {
@@ -250,6 +278,8 @@ impl World {
             Event::Start(node, life) => self.start(node, life),
             Event::Connect(node, life) => self.connect(node, life),
             Event::Tick(node, life) => self.tick(node, life),
+            Event::Exchange { from, to, bytes } => self.exchange_arrives(from, to, &bytes),
+            Event::Due(node, life) => self.exchange_due(node, life),
             Event::Up(connection, message) => self.up_arrives(connection, message),
             Event::Down(connection, message) => self.down_arrives(connection, message),
             Event::AgentLoses(connection) => self.agent_loses(connection),
@@ -331,9 +361,21 @@ impl World {
             }
             for &peer in members.iter().filter(|peer| **peer != node) {
                 let other = self.store.nodes[peer].as_ref()?;
-                if let Some(what) = self.astray(node, keys, peer, other) {
+                let astray = self.astray(node, keys, peer, other);
+                if let Some(what) = astray.or_else(|| self.unshared(node, peer)) {
                     return Some(what);
                 }
+            }
+            let is_void = |ends: &&Ends| {
+                let peers = members.iter().filter(|peer| **peer != node);
+                let active = peers.filter_map(|peer| self.store.nodes[*peer].as_ref());
+                Some(ends.own) != keys.key(keys.active)
+                    || !active
+                        .map(|other| other.key(other.active))
+                        .any(|key| key == Some(ends.peer))
+            };
+            if let Some(left) = here.disk.psks.keys().find(is_void) {
+                return Some(format!("node {node} still has pre-shared keys of {left:?}"));
             }
         }
         None
@@ -364,6 +406,14 @@ impl World {
             .filter(|device| device.peers[peer].is_some());
         (peers.count() != 1 || !kernel.receives(slot, peer))
             .then(|| format!("node {node} has more than one path to node {peer}"))
+    }
+
+    /// What is wrong with the pre-shared key of the path from a node to a peer. (A disk that was set back may lack one that the
+    /// devices work with.)
+    fn unshared(&self, node: NodeId, peer: NodeId) -> Option<String> {
+        let (_, _, _, here) = self.nodes[node].kernel.sends(self.now, peer).ok()?;
+        let (_, _, _, there) = self.nodes[peer].kernel.sends(self.now, node).ok()?;
+        (here.psk != there.psk).then(|| format!("nodes {node} and {peer} have different pre-shared keys"))
     }
 
     pub(super) fn outcome(self) -> Outcome {

@@ -456,7 +456,7 @@ impl Agent {
                     if let Some(endpoint) = endpoint {
                         self.given.insert((*slot, *peer), *endpoint);
                     }
-                    self.placed(now, *slot, *peer, *pre_shared);
+                    self.placed(*slot, *peer, *pre_shared);
                 }
             }
             Err(reason) => {
@@ -467,10 +467,10 @@ impl Agent {
     }
 
     /// A device has a peer's pre-shared key: whoever waits for it is told at once.
-    fn placed(&mut self, now: Duration, slot: u8, peer: PublicKey, pre_shared: Option<PskId>) {
+    fn placed(&mut self, slot: u8, peer: PublicKey, pre_shared: Option<PskId>) {
         let own = self.desired.devices.get(&slot);
         if let (Some(own), Some(id)) = (own.and_then(|device| device.wireguard.public_key), pre_shared) {
-            self.exchanges.placed(now, &Ends { own, peer }, id);
+            self.exchanges.placed(&Ends { own, peer }, id);
         }
     }
 

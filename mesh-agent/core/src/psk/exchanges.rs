@@ -85,7 +85,7 @@ impl Exchanges {
             self.open(now, ends, slot, record.unwrap_or_default());
         }
         self.places.insert((slot, link_address(&ends.peer)), ends);
-        self.with(now, ends, |path, wants| {
+        self.with(ends, |path, wants| {
             path.slot = slot;
             path.exchange.look(now, seen, wants);
         });
@@ -101,9 +101,20 @@ impl Exchanges {
             .iter()
             .filter(|(ends, path)| !path.exchange.over && !kept(ends));
         for ends in gone.map(|(ends, _)| *ends).collect::<Vec<_>>() {
-            self.with(now, ends, |path, _| path.exchange.end());
+            self.end(&ends);
         }
-        self.places.retain(|_, ends| kept(ends));
+    }
+
+    /// A path is over: its keys are destroyed.
+    pub fn end(&mut self, ends: &Ends) {
+        let slot = self.with(*ends, |path, _| {
+            path.exchange.end();
+            path.slot
+        });
+        let place = slot.map(|slot| (slot, link_address(&ends.peer)));
+        if let Some(place) = place.filter(|place| self.places.get(place) == Some(ends)) {
+            self.places.remove(&place);
+        }
     }
 
     fn open(&mut self, now: Duration, ends: Ends, slot: u8, record: Record) {
@@ -117,12 +128,7 @@ impl Exchanges {
     }
 
     /// Lets a path do something, and takes what comes of it.
-    fn with<T>(
-        &mut self,
-        now: Duration,
-        ends: Ends,
-        work: impl FnOnce(&mut Path, &mut Vec<Want>) -> T,
-    ) -> Option<T> {
+    fn with<T>(&mut self, ends: Ends, work: impl FnOnce(&mut Path, &mut Vec<Want>) -> T) -> Option<T> {
         let path = self.paths.get_mut(&ends)?;
         let mut wants = vec![];
         let result = work(path, &mut wants);
@@ -179,7 +185,7 @@ impl Exchanges {
 
     /// `keyd` says that a path's key, if it is this one, is to be forgotten.
     pub fn forget(&mut self, now: Duration, ends: &Ends, id: PskId) {
-        self.with(now, *ends, |path, _| path.exchange.forget(now, id));
+        self.with(*ends, |path, _| path.exchange.forget(now, id));
     }
 
     /// A packet came on a slot's device, from its port of the exchange and to ours.
@@ -197,7 +203,7 @@ impl Exchanges {
             self.counters.malformed += 1;
             return;
         };
-        match self.with(now, ends, |path, wants| path.exchange.hear(now, message, wants)) {
+        match self.with(ends, |path, wants| path.exchange.hear(now, message, wants)) {
             Some(Heard::Good) | None => {}
             Some(Heard::Unexpected) => self.counters.unexpected += 1,
             Some(Heard::TooMany) => self.counters.refused += 1,
@@ -205,8 +211,8 @@ impl Exchanges {
     }
 
     /// The device of a path's slot has a peer with this key by now.
-    pub fn placed(&mut self, now: Duration, ends: &Ends, id: PskId) {
-        self.with(now, *ends, |path, wants| path.exchange.placed(id, wants));
+    pub fn placed(&mut self, ends: &Ends, id: PskId) {
+        self.with(*ends, |path, wants| path.exchange.placed(id, wants));
     }
 
     /// What came of something that was to be done.
@@ -221,16 +227,16 @@ impl Exchanges {
         self.counters.failed += u64::from(failed);
         match done {
             Done::Begun(ends, nonce, offer) => {
-                self.with(now, ends, |path, _| path.exchange.begun(now, nonce, offer));
+                self.with(ends, |path, _| path.exchange.begun(now, nonce, offer));
             }
             Done::Answered(ends, nonce, answer) => {
-                self.with(now, ends, |path, _| path.exchange.answered(nonce, answer));
+                self.with(ends, |path, _| path.exchange.answered(nonce, answer));
             }
             Done::Finished(ends, nonce, id) => {
-                self.with(now, ends, |path, _| path.exchange.finished(nonce, id));
+                self.with(ends, |path, _| path.exchange.finished(nonce, id));
             }
             Done::Saved(ends, record, written) => {
-                let agreed = self.with(now, ends, |path, wants| {
+                let agreed = self.with(ends, |path, wants| {
                     let before = path.exchange.agreed();
                     path.exchange.saved(now, record, written, wants);
                     path.exchange
@@ -251,7 +257,7 @@ impl Exchanges {
             .map(|(_, ends)| *ends)
             .collect();
         for ends in due {
-            self.with(now, ends, |path, wants| path.exchange.poll(now, wants));
+            self.with(ends, |path, wants| path.exchange.poll(now, wants));
         }
         std::mem::take(&mut self.work)
     }

@@ -118,7 +118,7 @@ impl World {
         match end.exchanges.psk(self.now, &end.ends) {
             PskUse::With(id) if end.device != Some(id) => {
                 end.device = Some(id);
-                end.exchanges.placed(self.now, &end.ends, id);
+                end.exchanges.placed(&end.ends, id);
             }
             PskUse::Awaited => end.device = None,
             PskUse::With(_) | PskUse::Without => {}
