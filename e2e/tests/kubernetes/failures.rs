@@ -169,15 +169,18 @@ fn without_control_plane(scene: &Scene) -> Result<()> {
 pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
     let capture = scene.capture()?;
     scene.cluster.power_cycle(2, |cluster| {
-        cluster
-            .kubectl([
-                "wait",
-                "--for=condition=Ready=Unknown",
-                "node/node3",
-                "--timeout=180s",
-            ])
-            .context("nobody noticed the power cut")
-            .map(drop)
+        // Asked again and again: a watch of an API server that was away may see nothing (etcd 3.4 has no progress
+        // notifications).
+        wait_until(PATIENCE, "somebody notices the power cut", || {
+            let node = cluster.get(["node", "node3"])?;
+            let conditions = node["status"]["conditions"].as_array().into_iter().flatten();
+            let ready = conditions.filter(|condition| condition["type"] == "Ready");
+            let unknown = ready
+                .map(|condition| &condition["status"])
+                .any(|status| status == "Unknown");
+            ensure!(unknown, "{}", node["status"]["conditions"]);
+            Ok(())
+        })
     })?;
     scene.cluster.wait_nodes()?;
     scene.cluster.wait_pods(PATIENCE)?;
