@@ -2,10 +2,7 @@
 
 mod support;
 
-use std::{
-    process::{Command, Output},
-    sync::{Arc, Mutex},
-};
+use std::sync::{Arc, Mutex};
 
 use support::Served;
 use tonic::{Request, Response, Status, transport::Server};
@@ -148,10 +145,6 @@ impl Keyd {
             script,
             served: Served::new(services),
         }
-    }
-
-    fn output(&self, arguments: &[&str]) -> Output {
-        self.served.output(&[&["keys"], arguments].concat())
     }
 
     fn run(&self, arguments: &[&str]) -> (i32, String, String) {

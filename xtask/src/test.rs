@@ -1,16 +1,15 @@
 //! `cargo xtask test`: everything that must hold before a change lands.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    time::Instant,
-};
+mod programs;
+
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use self::programs::Kind;
 use crate::{
-    command::{cargo, command, output, run as execute, stream},
-    deps, generate, image, paths,
+    command::{cargo, command, output, run as execute},
+    deps, generate, paths,
     setup::{self, Group},
 };
 
@@ -23,13 +22,24 @@ pub(crate) struct Arguments {
     /// Name the steps and run none.
     #[arg(long)]
     list: bool,
+    /// Test programs that run at the same time. Most of their time they wait.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    at_once: usize,
 }
 
 struct Step {
     name: &'static str,
     about: &'static str,
     needs: &'static [Group],
-    work: fn() -> Result<Count>,
+    work: Work,
+}
+
+/// What a step does.
+enum Work {
+    /// One after the other.
+    Check(fn() -> Result<Count>),
+    /// Test programs, those of all steps together.
+    Programs(Kind),
 }
 
 /// How many checks passed and failed.
@@ -39,61 +49,72 @@ struct Count {
     failed: u64,
 }
 
+impl std::ops::Add for Count {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+        }
+    }
+}
+
 /// Cheap ones first.
 const STEPS: &[Step] = &[
     Step {
         name: "format",
         about: "rustfmt and gofmt",
         needs: &[],
-        work: format,
+        work: Work::Check(format),
     },
     Step {
         name: "deps",
         about: "dependencies between our crates point one way",
         needs: &[],
-        work: || one(deps::run()),
+        work: Work::Check(|| one(deps::run())),
     },
     Step {
         name: "licences",
         about: "licences, bans and sources",
         needs: &[Group::Checks],
-        work: licences,
+        work: Work::Check(licences),
     },
     Step {
         name: "lint",
         about: "clippy, all targets, warnings denied",
         needs: &[Group::Base, Group::Bpf],
-        work: lint,
+        work: Work::Check(lint),
     },
     Step {
         name: "generated",
         about: "generated files are up to date",
         needs: &[Group::Base],
-        work: generated,
+        work: Work::Check(generated),
     },
     Step {
         name: "chart",
         about: "the chart lints, wrong values are refused",
         needs: &[Group::Kubernetes],
-        work: chart,
+        work: Work::Check(chart),
     },
     Step {
         name: "unit",
         about: "unit, property, eBPF and driver tests of every crate",
         needs: &[Group::Base, Group::Bpf, Group::Peers],
-        work: unit,
+        work: Work::Programs(Kind::Unit),
     },
     Step {
         name: "lab",
         about: "end to end in the stand-alone lab",
         needs: &[Group::Base, Group::Bpf, Group::Peers],
-        work: stand_alone,
+        work: Work::Programs(Kind::Lab),
     },
     Step {
         name: "kubernetes",
         about: "end to end in a real Kubernetes cluster",
         needs: &[Group::Base, Group::Bpf, Group::Kubernetes],
-        work: kubernetes,
+        work: Work::Programs(Kind::Kubernetes),
     },
 ];
 
@@ -115,40 +136,40 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     setup::ensure(&groups)?;
 
-    let mut report = vec![format!(
-        "{:<7}{:<11} {:>5} s",
-        "ok",
-        "setup",
-        start.elapsed().as_secs()
-    )];
-    let mut total = Count::default();
-    for (number, step) in steps.iter().enumerate() {
-        println!(
-            "\n=== {}/{} {}: {}",
-            number + 1,
-            steps.len(),
-            step.name,
-            step.about
-        );
-        let begun = Instant::now();
-        let count = (step.work)().unwrap_or_else(|error| {
-            eprintln!("{}: {error:#}", step.name);
-            Count { passed: 0, failed: 1 }
-        });
-        total.passed += count.passed;
-        total.failed += count.failed;
-        let verdict = if count.failed == 0 { "ok" } else { "FAILED" };
-        let (seconds, Count { passed, failed }) = (begun.elapsed().as_secs(), count);
-        let line = format!(
-            "{verdict:<7}{:<11} {seconds:>5} s  {passed:>4} passed, {failed} failed",
-            step.name
-        );
-        println!("{line}");
-        report.push(line);
+    let mut report = Report::default();
+    report.add("setup", start.elapsed(), None);
+    let mut kinds = Vec::new();
+    for step in &steps {
+        match step.work {
+            Work::Programs(kind) => kinds.push((step.name, kind)),
+            Work::Check(check) => {
+                println!("\n=== {}: {}", step.name, step.about);
+                let begun = Instant::now();
+                let count = check().unwrap_or_else(|error| failed(step.name, &error));
+                report.add(step.name, begun.elapsed(), Some(count));
+            }
+        }
     }
+    if !kinds.is_empty() {
+        let (names, kinds): (Vec<_>, Vec<_>) = kinds.into_iter().unzip();
+        println!(
+            "\n=== {}: {} programs at once",
+            names.join(", "),
+            arguments.at_once
+        );
+        match programs::run(&kinds, arguments.at_once) {
+            Ok(sums) => {
+                for (name, (_, count, time)) in names.into_iter().zip(sums) {
+                    report.add(name, time, Some(count));
+                }
+            }
+            Err(error) => report.add("programs", Duration::ZERO, Some(failed("programs", &error))),
+        }
+    }
+    let Report { lines, total } = report;
     println!(
         "\n{}\nall of it: {} s",
-        report.join("\n"),
+        lines.join("\n"),
         start.elapsed().as_secs()
     );
     println!("{} passed, {} failed", total.passed, total.failed);
@@ -171,6 +192,35 @@ fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
         .iter()
         .filter(|step| names.iter().any(|name| name == step.name))
         .collect())
+}
+
+/// What there is to say in the end.
+#[derive(Default)]
+struct Report {
+    lines: Vec<String>,
+    total: Count,
+}
+
+impl Report {
+    fn add(&mut self, name: &str, time: Duration, count: Option<Count>) {
+        let verdict = match count {
+            Some(count) if count.failed > 0 => "FAILED",
+            _ => "ok",
+        };
+        let mut line = format!("{verdict:<7}{name:<11} {:>5} s", time.as_secs());
+        if let Some(count) = count {
+            line += &format!("  {:>4} passed, {} failed", count.passed, count.failed);
+            println!("{line}");
+            self.total = self.total + count;
+        }
+        self.lines.push(line);
+    }
+}
+
+/// What could not be done counts as one failure.
+fn failed(name: &str, error: &anyhow::Error) -> Count {
+    eprintln!("{name}: {error:#}");
+    Count { passed: 0, failed: 1 }
 }
 
 /// A check that passes or fails as a whole.
@@ -243,118 +293,9 @@ fn chart() -> Result<Count> {
     Ok(count)
 }
 
-/// Every library, program and test file but those of the labs. The whole workspace is selected each time and targets
-/// are named: another selection of packages would mean other features, and the dependencies once more.
-fn unit() -> Result<Count> {
-    let mut names = Vec::new();
-    for package in packages()? {
-        if package != paths::root().join("e2e") {
-            names.extend(test_files(&package)?);
-        }
-    }
-    names.sort();
-    names.dedup();
-    tests(cargo().args(test_arguments(&["--lib", "--bins"], names)))
-}
-
-/// The folders of the workspace's packages.
-fn packages() -> Result<Vec<PathBuf>> {
-    let metadata = output(cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
-    let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
-    let manifests = metadata["packages"].as_array().into_iter().flatten();
-    Ok(manifests
-        .filter_map(|package| Path::new(package["manifest_path"].as_str()?).parent())
-        .map(Path::to_owned)
-        .collect())
-}
-
-fn test_arguments(targets: &[&str], names: Vec<String>) -> Vec<String> {
-    let mut arguments: Vec<String> = ["test", "--workspace", "--no-fail-fast"]
-        .iter()
-        .chain(targets)
-        .map(|argument| (*argument).to_owned())
-        .collect();
-    for name in names {
-        arguments.extend(["--test".to_owned(), name]);
-    }
-    arguments
-}
-
-/// The labs start our programs as processes, so these must have been built.
-fn build() -> Result<()> {
-    execute(cargo().args(["build", "--workspace"]))
-}
-
-fn stand_alone() -> Result<Count> {
-    build()?;
-    let mut names = test_files(&paths::root().join("e2e"))?;
-    names.retain(|name| name != "kubernetes");
-    tests(cargo().args(test_arguments(&[], names)))
-}
-
-/// The names of the test files of a package.
-fn test_files(package: &Path) -> Result<Vec<String>> {
-    let Ok(entries) = std::fs::read_dir(package.join("tests")) else {
-        return Ok(Vec::new());
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "rs") {
-            names.extend(path.file_stem().map(|stem| stem.to_string_lossy().into_owned()));
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-fn kubernetes() -> Result<Count> {
-    image::build(&[], image::Profile::Dev)?;
-    tests(cargo().args(test_arguments(&[], vec!["kubernetes".to_owned()])))
-}
-
-/// Runs `cargo test` and adds up what its test binaries say.
-fn tests(command: &mut Command) -> Result<Count> {
-    let mut count = Count::default();
-    let succeeded = stream(command, |line| {
-        if let Some(of_binary) = parse(line) {
-            count.passed += of_binary.passed;
-            count.failed += of_binary.failed;
-        }
-    })?;
-    if !succeeded && count.failed == 0 {
-        // It did not compile, or a test binary died before it could count.
-        count.failed = 1;
-    }
-    if succeeded && count.passed == 0 {
-        bail!("not a single test ran");
-    }
-    Ok(count)
-}
-
-/// `test result: ok. 3 passed; 0 failed; 0 ignored; ...`; an ignored test is one that did not pass.
-fn parse(line: &str) -> Option<Count> {
-    let rest = line.trim().strip_prefix("test result: ")?;
-    let number = |what: &str| -> Option<u64> {
-        let before = rest.split(what).next()?;
-        before.split_whitespace().next_back()?.parse().ok()
-    };
-    Some(Count {
-        passed: number(" passed")?,
-        failed: number(" failed")? + number(" ignored")?,
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{STEPS, chosen, parse};
-
-    #[test]
-    fn result_lines_are_counted() {
-        let count = parse("test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out");
-        assert_eq!(count.map(|count| (count.passed, count.failed)), Some((3, 3)));
-        assert!(parse("test directory::works ... ok").is_none());
-    }
+    use super::{STEPS, chosen};
 
     #[test]
     fn steps_are_found_by_name() {

@@ -1,10 +1,7 @@
 //! Canned services on a keyd socket, and `warren` as a user runs it against them.
 #![allow(dead_code, reason = "each test binary uses a part of this module")]
 
-use std::{
-    path::PathBuf,
-    process::{Command, Output},
-};
+use std::{path::PathBuf, process::Command};
 
 use tempfile::TempDir;
 use tokio::{net::UnixListener, runtime::Runtime};
@@ -34,18 +31,14 @@ impl Served {
         }
     }
 
-    pub(crate) fn output(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_warren"))
+    /// Exit code, standard output, standard error.
+    pub(crate) fn run(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_warren"))
             .args(arguments)
             .arg("--keyd-socket")
             .arg(&self.socket)
             .output()
-            .expect("run")
-    }
-
-    /// Exit code, standard output, standard error.
-    pub(crate) fn run(&self, arguments: &[&str]) -> (i32, String, String) {
-        let output = self.output(arguments);
+            .expect("run");
         let text = |bytes| String::from_utf8(bytes).expect("text");
         (
             output.status.code().expect("a code"),

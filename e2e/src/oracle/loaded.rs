@@ -56,20 +56,25 @@ pub struct Outcome {
     pub shown: Vec<Mismatch>,
 }
 
-/// Mismatches after which a run ends: more of them tell nothing new.
-const ENOUGH: u64 = 100;
-/// Mismatches that are shrunk and shown.
-const SHOWN: usize = 3;
+/// How much of what is wrong a run is to find.
+#[derive(Debug, Clone, Copy)]
+struct Appetite {
+    /// Mismatches after which it ends.
+    enough: u64,
+    /// Mismatches that are shrunk and shown.
+    shown: usize,
+}
+
+/// More tell nothing new.
+const TO_MEND: Appetite = Appetite {
+    enough: 100,
+    shown: 3,
+};
 
 /// Compares `pairs` pairs, drawn from a seed, in namespaces of its own. `tell` is called now and then with the number of
 /// pairs so far.
 pub fn run(pairs: u64, seed: u64, tell: impl FnMut(u64) + Send) -> Result<Outcome> {
-    run_tampered(pairs, seed, |_| Ok(()), tell)
-}
-
-/// As [`run`], with maps that somebody spoiled: shows that the comparison would notice.
-fn run_tampered(pairs: u64, seed: u64, tamper: Tamper, tell: impl FnMut(u64) + Send) -> Result<Outcome> {
-    private(|pins| Run::new(pins, seed, tamper)?.compare(pairs, tell))
+    private(|pins| Run::new(pins, seed)?.compare(pairs, tell))
 }
 
 type Tamper = fn(&mut Datapath) -> Result<()>;
@@ -78,11 +83,13 @@ struct Run {
     seed: u64,
     dice: Dice,
     node: Node,
+    /// Spoils the maps, to see that the comparison notices.
     tamper: Tamper,
+    appetite: Appetite,
 }
 
 impl Run {
-    fn new(pins: &Path, seed: u64, tamper: Tamper) -> Result<Self> {
+    fn new(pins: &Path, seed: u64) -> Result<Self> {
         let mut node = Node::new(pins, PODS)?;
         for number in [1, 2] {
             let path = warren_bpf::Path {
@@ -95,11 +102,12 @@ impl Run {
             seed,
             dice: Dice::new(seed),
             node,
-            tamper,
+            tamper: |_| Ok(()),
+            appetite: TO_MEND,
         })
     }
 
-    fn compare(mut self, pairs: u64, mut tell: impl FnMut(u64)) -> Result<Outcome> {
+    fn compare(&mut self, pairs: u64, mut tell: impl FnMut(u64)) -> Result<Outcome> {
         let mut outcome = Outcome {
             report: Report {
                 pairs: 0,
@@ -109,7 +117,7 @@ impl Run {
             mismatches: 0,
             shown: Vec::new(),
         };
-        while outcome.report.pairs < pairs && outcome.mismatches < ENOUGH {
+        while outcome.report.pairs < pairs && outcome.mismatches < self.appetite.enough {
             let cluster = generate::cluster(&mut self.dice);
             let wanted = PACKETS_PER_CLUSTER.min(pairs - outcome.report.pairs);
             self.one_cluster(&cluster, wanted, &mut outcome)
@@ -143,7 +151,7 @@ impl Run {
         loaded.check_reasons()?;
         loaded.unload()?;
         for (trip, difference) in differing {
-            if outcome.shown.len() < SHOWN {
+            if outcome.shown.len() < self.appetite.shown {
                 outcome.shown.push(self.shrunk(cluster, trip, difference));
             }
         }

@@ -10,7 +10,10 @@ use nix::{
 use serde_json::Value;
 use warren_e2e::{cluster::Cluster, lab::wait::wait_until};
 
-use crate::scene::{PATIENCE, Scene, answers, nothing_in_clear, nothing_lost};
+use crate::{
+    keys,
+    scene::{PATIENCE, Scene, answers, nothing_in_clear, nothing_lost},
+};
 
 /// How long the API server stays away.
 const AWAY: Duration = Duration::from_secs(60);
@@ -40,6 +43,7 @@ pub(crate) fn keyd_leader_killed(scene: &mut Scene) -> Result<()> {
         .as_str()
         .context("the leader runs nowhere")?
         .to_owned();
+    keys::begin(&scene.cluster, "leader-dies")?;
     // Without the node it cannot come back before the other has noticed.
     scene.cluster.kubectl(["cordon", &node])?;
     scene.cluster.kubectl([
@@ -63,6 +67,8 @@ pub(crate) fn keyd_leader_killed(scene: &mut Scene) -> Result<()> {
     scene.remove_pod(&late)?;
     scene.cluster.kubectl(["uncordon", &node])?;
     scene.cluster.wait_pods(PATIENCE)?;
+    // It goes on with what the other had begun.
+    keys::succeeded(&scene.cluster, "leader-dies")?;
     nothing_lost(flows)
 }
 
@@ -129,11 +135,13 @@ fn leader(cluster: &Cluster) -> Result<(String, u64)> {
 
 pub(crate) fn control_plane_gone(scene: &mut Scene) -> Result<()> {
     let (capture, flows) = (scene.capture()?, scene.start_flows()?);
+    keys::begin(&scene.cluster, "api-server-away")?;
     scene.cluster.stop_api_server()?;
     let meanwhile = without_control_plane(scene);
     // Whatever happened: the scenarios after this one need it.
     scene.cluster.start_api_server()?;
     meanwhile?;
+    keys::succeeded(&scene.cluster, "api-server-away")?;
     nothing_lost(flows)?;
     nothing_in_clear(&capture.finish()?)?;
     scene.cluster.wait_nodes()?;
@@ -169,15 +177,18 @@ fn without_control_plane(scene: &Scene) -> Result<()> {
 pub(crate) fn power_cut(scene: &mut Scene) -> Result<()> {
     let capture = scene.capture()?;
     scene.cluster.power_cycle(2, |cluster| {
-        cluster
-            .kubectl([
-                "wait",
-                "--for=condition=Ready=Unknown",
-                "node/node3",
-                "--timeout=180s",
-            ])
-            .context("nobody noticed the power cut")
-            .map(drop)
+        // Asked again and again: a watch of an API server that was away may see nothing (etcd 3.4 has no progress
+        // notifications).
+        wait_until(PATIENCE, "somebody notices the power cut", || {
+            let node = cluster.get(["node", "node3"])?;
+            let conditions = node["status"]["conditions"].as_array().into_iter().flatten();
+            let ready = conditions.filter(|condition| condition["type"] == "Ready");
+            let unknown = ready
+                .map(|condition| &condition["status"])
+                .any(|status| status == "Unknown");
+            ensure!(unknown, "{}", node["status"]["conditions"]);
+            Ok(())
+        })
     })?;
     scene.cluster.wait_nodes()?;
     scene.cluster.wait_pods(PATIENCE)?;

@@ -46,17 +46,38 @@ pub(crate) fn rotate(scene: &mut Scene) -> Result<()> {
 
 /// Creates a rotation and waits for its end; its status.
 fn succeeds(cluster: &Cluster, name: &str, spec: &Value) -> Result<Value> {
-    cluster.apply(&[json!({
-        "apiVersion": "warren.dev/v1alpha1",
-        "kind": "KeyRotation",
-        "metadata": {"name": name},
-        "spec": spec,
-    })])?;
+    create(cluster, name, spec)?;
+    succeeded(cluster, name)
+}
+
+/// Begins to rotate one node after the other, and returns in the middle of the first.
+pub(crate) fn begin(cluster: &Cluster, name: &str) -> Result<()> {
+    let pace = json!({"pace": {"concurrency": "1", "drainSeconds": 2}});
+    create(cluster, name, &pace)?;
+    wait_until(PATIENCE, &format!("rotation {name} has begun"), || {
+        let object = cluster.get(["keyrotation", name])?;
+        let moving = object["status"]["counts"]["moving"].as_u64();
+        ensure!(moving.is_some_and(|moving| moving > 0), "{}", object["status"]);
+        Ok(())
+    })
+}
+
+/// Waits until all nodes have new keys; the status.
+pub(crate) fn succeeded(cluster: &Cluster, name: &str) -> Result<Value> {
     wait_until(PATIENCE, &format!("rotation {name} is over"), || {
         let object = cluster.get(["keyrotation", name])?;
         ensure!(object["status"]["phase"] == "Succeeded", "{}", object["status"]);
         Ok(object["status"].clone())
     })
+}
+
+fn create(cluster: &Cluster, name: &str, spec: &Value) -> Result<()> {
+    cluster.apply(&[json!({
+        "apiVersion": "warren.dev/v1alpha1",
+        "kind": "KeyRotation",
+        "metadata": {"name": name},
+        "spec": spec,
+    })])
 }
 
 /// What the API server does not take.

@@ -1,6 +1,7 @@
 //! End to end in a real Kubernetes cluster: the chart installed by Helm, real kubelets, real services and DNS.
 //!
-//! One cluster for all scenarios, in this order; each leaves it as it found it, except the last.
+//! One cluster for the scenarios of a part, in this order; each leaves it as it found it, except the last. The parts need
+//! nothing of each other: `--part policy` and `--part mesh` may run at the same time.
 
 mod failures;
 mod hostile;
@@ -21,15 +22,19 @@ use scene::Scene;
 /// A name and what must hold.
 type Scenario = (&'static str, fn(&mut Scene) -> Result<()>);
 
-const SCENARIOS: &[Scenario] = &[
+/// The beginning of every part.
+const BEGINNING: &[Scenario] = &[
     (
         "without_encryption_the_capture_sees_the_plaintext",
         traffic::power_check,
     ),
     ("encryption_is_turned_on_by_an_upgrade", traffic::turn_on),
-    ("pods_reach_pods_on_other_nodes", traffic::pods_reach_pods),
-    ("services_and_dns_work", traffic::services_and_dns),
-    ("nodes_and_pods_reach_each_other", traffic::nodes_and_pods),
+];
+
+/// Scenarios by part.
+const PARTS: &[(&str, &[Scenario])] = &[("policy", POLICY), ("mesh", MESH)];
+
+const POLICY: &[Scenario] = &[
     (
         "three_tiers_from_default_deny_to_what_they_need",
         policy::three_tiers,
@@ -45,6 +50,12 @@ const SCENARIOS: &[Scenario] = &[
     ("the_same_with_iptables", policy::services_with_iptables),
     ("a_new_pod_is_closed_from_its_first_moment", policy::first_packets),
     ("a_sample_of_cyclonus", policy::cyclonus_sample),
+];
+
+const MESH: &[Scenario] = &[
+    ("pods_reach_pods_on_other_nodes", traffic::pods_reach_pods),
+    ("services_and_dns_work", traffic::services_and_dns),
+    ("nodes_and_pods_reach_each_other", traffic::nodes_and_pods),
     ("keys_rotate_under_traffic", keys::rotate),
     ("deleting_an_agent_pod_loses_nothing", failures::agent_pod_deleted),
     ("another_keyd_takes_over", failures::keyd_leader_killed),
@@ -63,27 +74,42 @@ const SCENARIOS: &[Scenario] = &[
 ];
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.iter().any(|argument| argument == "--list") {
-        SCENARIOS.iter().for_each(|(name, _)| println!("{name}: test"));
-        return ExitCode::SUCCESS;
+    let mut names = Vec::new();
+    let mut part = None;
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.as_str() {
+            "--list" => {
+                let all = BEGINNING
+                    .iter()
+                    .chain(PARTS.iter().flat_map(|(_, scenarios)| *scenarios));
+                all.for_each(|(name, _)| println!("{name}: test"));
+                return ExitCode::SUCCESS;
+            }
+            "--part" => part = arguments.next(),
+            name if name.starts_with('-') => {}
+            _ => names.push(argument),
+        }
     }
-    // As with `cargo test NAME`; the first two prepare the cluster and always run.
-    let wanted = |name: &str| {
-        let mut filters = arguments
-            .iter()
-            .filter(|argument| !argument.starts_with('-'))
-            .peekable();
-        filters.peek().is_none() || filters.any(|filter| name.contains(filter.as_str()))
-    };
-    let chosen: Vec<_> = SCENARIOS
+    // As with `cargo test NAME`.
+    let wanted = |name: &str| names.is_empty() || names.iter().any(|part| name.contains(part));
+    let parts = PARTS
         .iter()
-        .enumerate()
-        .filter(|(i, (name, _))| *i < 2 || wanted(name))
-        .map(|(_, scenario)| scenario)
-        .collect();
-    println!("\nrunning {} tests", chosen.len());
-    let (passed, failed) = run(&chosen);
+        .filter(|(name, _)| part.as_deref().is_none_or(|part| part == *name));
+    let (mut passed, mut failed) = (0, 0);
+    for (_, scenarios) in parts {
+        let chosen: Vec<_> = scenarios.iter().filter(|(name, _)| wanted(name)).collect();
+        if !chosen.is_empty() {
+            let chosen: Vec<_> = BEGINNING.iter().chain(chosen).collect();
+            println!("\nrunning {} tests", chosen.len());
+            let (good, bad) = run(&chosen);
+            (passed, failed) = (passed + good, failed + bad);
+        }
+    }
+    if passed + failed == 0 {
+        eprintln!("nothing of that name: `--list` shows what there is; parts are policy and mesh");
+        return ExitCode::from(2);
+    }
     let verdict = if failed == 0 { "ok" } else { "FAILED" };
     println!(
         "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; 0 filtered out\n"
@@ -113,7 +139,7 @@ fn run(scenarios: &[&Scenario]) -> (usize, usize) {
             Err(error) => {
                 println!("test {name} ... FAILED ({seconds:.1} s)\n  {error:#}");
                 scene.failed(name);
-                if index < 2 {
+                if index < BEGINNING.len() {
                     println!("without this the others mean nothing");
                     break;
                 }

@@ -313,14 +313,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn percentiles() {
-        let values: Vec<f64> = (1..=100).map(f64::from).collect();
-        assert_eq!((percentile(&values, 50), percentile(&values, 99)), (50.0, 99.0));
-        assert_eq!((percentile(&[3.0], 50), percentile(&[3.0], 99)), (3.0, 3.0));
-        assert_eq!(percentile(&[], 99), 0.0);
-    }
-
-    #[test]
     fn every_bad_figure_is_a_fault() {
         let good = Figures {
             rotations: 1,
