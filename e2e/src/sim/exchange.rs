@@ -191,6 +191,7 @@ impl World {
 
     pub(super) fn forget_psk(&mut self, node: NodeId, forget: &ForgetPsk) -> Step {
         self.step(node)?;
+        self.judge.forgotten += 1;
         let now = self.moment();
         let peer = self.index[&forget.peer];
         let Some(agent) = self.nodes[node].agent.as_mut() else {
@@ -277,6 +278,7 @@ impl World {
             Work::Save { ends, record } => {
                 self.step(node)?;
                 self.note(|| format!("agent {node} keeps {record:?} of {ends:?}"));
+                self.judge.pre_shared_keys += u64::from(record.agreed.is_some());
                 let psks = &mut self.nodes[node].disk.psks;
                 match record == Record::default() {
                     true => psks.remove(&ends),

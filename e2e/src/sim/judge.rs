@@ -36,6 +36,8 @@ pub(super) struct Judge {
     pub(super) judged: u64,
     pub(super) commits: u64,
     pub(super) withdrawals: u64,
+    pub(super) pre_shared_keys: u64,
+    pub(super) forgotten: u64,
     pub(super) found: Vec<Violation>,
 }
 
@@ -50,6 +52,8 @@ impl Judge {
             judged: 0,
             commits: 0,
             withdrawals: 0,
+            pre_shared_keys: 0,
+            forgotten: 0,
             found: Vec::new(),
         }
     }

@@ -16,6 +16,8 @@
 //! 3. An agent never goes back an epoch or a version while its node runs.
 //! 4. When everything has healed, all rotations end, every pair has a path on the active keys alone, and no other key
 //!    is left on any disk, in any memory, on any device.
+//! 5. No packet travels in a session without a pre-shared key where both keys were made with them, nor in one with a
+//!    pre-shared key where they were not. In the end both ends have the same one.
 //!
 //! That the judge can find something is tested with [`Sabotage`].
 
@@ -77,6 +79,10 @@ pub struct Outcome {
     pub commits: u64,
     /// Candidates that were withdrawn.
     pub withdrawals: u64,
+    /// Pre-shared keys that an end agreed on.
+    pub pre_shared_keys: u64,
+    /// How often `keyd` had one forgotten.
+    pub forgotten: u64,
     /// Events that were simulated.
     pub events: u64,
     /// What happened, where `trace` was asked for.

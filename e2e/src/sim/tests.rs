@@ -56,6 +56,23 @@ fn retiring_a_key_in_use_is_found() {
 }
 
 #[test]
+fn a_path_that_does_not_wait_for_its_pre_shared_key_is_found() {
+    assert!(is_found(Sabotage::WithoutPsk, 50));
+}
+
+/// Disks that are set back lose pre-shared keys: the worlds have enough of that.
+#[test]
+fn pre_shared_keys_are_agreed_on_lost_and_forgotten() {
+    let outcomes: Vec<_> = (0..100).map(|seed| run(seed, Sabotage::None, false)).collect();
+    let agreed: u64 = outcomes.iter().map(|outcome| outcome.pre_shared_keys).sum();
+    let forgotten = outcomes.iter().filter(|outcome| outcome.forgotten > 0).count();
+    assert!(
+        agreed > 1_000 && forgotten > 1,
+        "{agreed} agreed on, forgotten in {forgotten} worlds"
+    );
+}
+
+#[test]
 fn a_stale_disk_that_is_believed_is_found() {
     assert!(is_found(Sabotage::TrustStaleDisk, 1_500));
 }

@@ -422,6 +422,8 @@ impl World {
             judged_packets: self.judge.judged,
             commits: self.judge.commits,
             withdrawals: self.judge.withdrawals,
+            pre_shared_keys: self.judge.pre_shared_keys,
+            forgotten: self.judge.forgotten,
             events: self.events,
             trace: self.trace.unwrap_or_default(),
         }
