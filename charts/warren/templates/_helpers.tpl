@@ -54,6 +54,7 @@ datapath: {{ .Values.datapath }}
 wireguardPort: {{ int .Values.wireguard.port }}
 keydPort: {{ int .Values.keyd.port }}
 apiserverPort: {{ int .Values.apiServer.port }}
+preSharedKeys: {{ .Values.encryption.preSharedKeys }}
 keepaliveSeconds: {{ int .Values.wireguard.persistentKeepalive }}
 markMask: {{ int64 .Values.markMask }}
 nodePorts: {{ toJson .Values.nodePorts }}
