@@ -21,6 +21,10 @@ pub(crate) struct Assessment {
     pub(crate) nodes: Vec<Node>,
     /// Each pair once.
     pub(crate) pairs: Vec<Pair>,
+    /// Pairs with a post-quantum pre-shared key.
+    pub(crate) pre_shared_pairs: usize,
+    /// Why others have none, and how many.
+    pub(crate) no_pre_shared_key: BTreeMap<String, usize>,
     /// Seconds since the oldest of the pairs' last handshakes; `None` where a pair has none, or there is no pair.
     pub(crate) oldest_handshake_seconds: Option<u64>,
     /// What is wrong, a sentence each.
@@ -64,6 +68,10 @@ pub(crate) struct Pair {
     pub(crate) encrypted: bool,
     /// Seconds since the last handshake, at the end where it is longer ago.
     pub(crate) handshake_seconds: Option<u64>,
+    /// Both ends have a post-quantum pre-shared key.
+    pub(crate) pre_shared_key: bool,
+    /// Why not; empty where they have, or where an end does not say.
+    pub(crate) no_pre_shared_key: String,
     /// What is wrong with the pair; empty where nothing is.
     pub(crate) problems: Vec<String>,
 }
@@ -104,7 +112,15 @@ pub(crate) fn assess(status: &ClusterStatus, rotations: Vec<Rotation>, now: i64)
             *drops.entry(reason.clone()).or_default() += packets;
         }
     }
+    let mut no_pre_shared_key = BTreeMap::new();
+    for pair in pairs.iter().filter(|pair| !pair.no_pre_shared_key.is_empty()) {
+        *no_pre_shared_key
+            .entry(pair.no_pre_shared_key.clone())
+            .or_default() += 1;
+    }
     Assessment {
+        pre_shared_pairs: pairs.iter().filter(|pair| pair.pre_shared_key).count(),
+        no_pre_shared_key,
         healthy: problems.is_empty(),
         encryption: status.encryption,
         encrypted_nodes: nodes.iter().filter(|node| node.encrypted).count(),
@@ -239,6 +255,8 @@ fn pair(a: &NodeStatus, b: &NodeStatus, now: i64) -> Pair {
         nodes: [a.name.clone(), b.name.clone()],
         encrypted: false,
         handshake_seconds: None,
+        pre_shared_key: false,
+        no_pre_shared_key: String::new(),
         problems: Vec::new(),
     };
     let (Some(from_a), Some(from_b)) = (&a.agent, &b.agent) else {
@@ -266,6 +284,12 @@ fn pair(a: &NodeStatus, b: &NodeStatus, now: i64) -> Pair {
         pair.problems.push(disagreement(a, b, from_a, from_b));
         return pair;
     };
+    pair.pre_shared_key = x.pre_shared_key && y.pre_shared_key;
+    pair.no_pre_shared_key = [(x, a), (y, b)]
+        .into_iter()
+        .find(|(peer, _)| !peer.no_pre_shared_key.is_empty())
+        .map(|(peer, node)| format!("node {}: {}", node.name, peer.no_pre_shared_key))
+        .unwrap_or_default();
     let ages = [x, y].map(|peer| age(peer.last_handshake_unix_ms, now));
     pair.handshake_seconds = match ages {
         [Some(x), Some(y)] => Some(x.max(y)),

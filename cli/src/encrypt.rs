@@ -41,8 +41,11 @@ fn text(assessment: &Assessment) -> String {
         "Encryption:        WireGuard, {verdict}\n\
          Nodes encrypted:   {} of {total}\n\
          Pairs encrypted:   {encrypted_pairs} of {} (both ends agree on the keys, handshake within 3 min)\n\
+         Pre-shared keys:   {} of {} pairs (post-quantum: ML-KEM-768 and X25519)\n\
          Oldest handshake:  {}\n",
         assessment.encrypted_nodes,
+        assessment.pairs.len(),
+        assessment.pre_shared_pairs,
         assessment.pairs.len(),
         match assessment.oldest_handshake_seconds {
             Some(seconds) => format!("{} ago", span(seconds)),
@@ -90,6 +93,14 @@ fn text(assessment: &Assessment) -> String {
     text += &output::section(
         "Not encrypted, by design",
         exemptions.map(|(what, nodes)| format!("{what} (on {nodes} of {total} nodes)")),
+    );
+    let without = assessment.no_pre_shared_key.iter();
+    text += &output::section(
+        "Without pre-shared key",
+        without.map(|(why, pairs)| match pairs {
+            1 => format!("1 pair: {why}"),
+            pairs => format!("{pairs} pairs: {why}"),
+        }),
     );
     let drops = assessment.drops.iter().filter(|(_, packets)| **packets > 0);
     text += &output::section(

@@ -392,6 +392,7 @@ fn an_audit_fails_where_a_pair_disagrees() {
             at_a: Some(state.clone()),
             at_b: Some(state),
         }],
+        pre_shared_key: true,
     };
     let keyd = Keyd::new(Script {
         pairs: vec![good.clone()],
@@ -399,7 +400,10 @@ fn an_audit_fails_where_a_pair_disagrees() {
     });
     let (code, text, _) = keyd.run(&["audit"]);
     assert!(
-        code == 0 && text.starts_with("Pairs that agree on their keys: 1 of 1\n"),
+        code == 0
+            && text.starts_with(
+                "Pairs that agree on their keys: 1 of 1\nPairs with a pre-shared key:    1 of 1\n"
+            ),
         "{text}"
     );
     assert!(text.contains("1-1*"), "{text}");

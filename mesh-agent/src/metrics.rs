@@ -216,7 +216,52 @@ fn agent_metrics(registry: &mut Registry, last: Option<&(EncryptStatus, AgentSta
             .inc_by(*packets);
     }
     registry.register("dropped_packets", "Packets dropped, by reason", drops);
+    exchanges(registry, encrypt);
     peers(registry, encrypt);
+}
+
+/// How pairs agree on pre-shared keys.
+fn exchanges(registry: &mut Registry, encrypt: &EncryptStatus) {
+    let exchanges = &encrypt.exchanges;
+    let without = encrypt.peers.iter().filter(|peer| !peer.pre_shared_key);
+    gauge(
+        registry,
+        "peers_without_pre_shared_key",
+        "Peers on the tunnel devices that have no pre-shared key",
+        count(without.count()),
+    );
+    gauge(
+        registry,
+        "peers_awaiting_pre_shared_key",
+        "Peers that are not sent to before one is agreed on",
+        count(exchanges.awaited),
+    );
+    for (name, help, value) in [
+        (
+            "pre_shared_key_exchanges_begun",
+            "Offers made and answered",
+            exchanges.begun,
+        ),
+        (
+            "pre_shared_keys_agreed",
+            "Keys that were agreed on",
+            exchanges.agreed,
+        ),
+        (
+            "pre_shared_key_exchanges_failed",
+            "Offers and answers that led to no key, and keys that could not be kept",
+            exchanges.failed,
+        ),
+        (
+            "pre_shared_key_dropped_packets",
+            "Packets of exchanges that were no message, unasked, or too many",
+            exchanges.dropped,
+        ),
+    ] {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(value);
+        registry.register(name, help, counter);
+    }
 }
 
 fn policy(whole: &mut Registry, report: &Report) {
@@ -354,6 +399,10 @@ mod tests {
             datapath: warren_model::Datapath::Userspace,
             interfaces: vec![],
             peers: vec![],
+            exchanges: warren_agent_api::ExchangeStatus {
+                agreed: 4,
+                ..Default::default()
+            },
             exemptions: vec![],
             drops: vec![("no-path".into(), 7)],
         };
@@ -375,6 +424,10 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("warren_agent_snapshot_version 6"), "{text}");
+        assert!(
+            text.contains("warren_agent_pre_shared_keys_agreed_total 4"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -115,7 +115,7 @@ pub(crate) struct Runner {
     /// What exchanges of pre-shared keys have in memory.
     secrets: psk::Secrets,
     /// Where their packets come and go.
-    links: psk::Links,
+    pub(crate) links: psk::Links,
     /// `keyd`'s refusals of this node's keys, by generation.
     pub(crate) key_refusals: BTreeMap<u64, String>,
     /// `keyd`'s refusals of pods that are there.
@@ -481,10 +481,12 @@ impl Runner {
                 self.dirty = true;
             }
             FromKeyd::Forget(forget) => {
-                let (peer, own, other) = (&forget.peer, forget.own, forget.other);
-                tracing::warn!(%peer, own, other, id = %forget.id, "keyd says that a pre-shared key is to be forgotten");
                 let now = self.now();
-                self.agent.forget_psk(now, &forget);
+                // It is said until it is so.
+                if self.agent.forget_psk(now, &forget) {
+                    let (peer, own, other) = (&forget.peer, forget.own, forget.other);
+                    tracing::warn!(%peer, own, other, "a pre-shared key is forgotten, as keyd says: one end has lost it");
+                }
             }
         }
     }

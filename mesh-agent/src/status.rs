@@ -10,10 +10,10 @@ use std::{
 
 use ipnet::IpNet;
 use warren_agent_api::{
-    AgentStatus, EncryptStatus, EndpointStatus, GenerationStatus, InterfaceStatus, KeyPhase, KeyState,
-    KeyStatus, PeerStatus, PolicySummary, Request, Response, call,
+    AgentStatus, EncryptStatus, EndpointStatus, ExchangeStatus, GenerationStatus, InterfaceStatus, KeyPhase,
+    KeyState, KeyStatus, PeerStatus, PolicySummary, Request, Response, call,
 };
-use warren_agent_core::{mismatches, slot_device};
+use warren_agent_core::{mismatches, psk::Counters, slot_device};
 use warren_keyd_api::{convert, proto};
 use warren_model::{Datapath, NodeRecord, PublicKey};
 use warren_wireguard::PeerState;
@@ -70,6 +70,7 @@ pub(crate) async fn encrypt(runner: &mut Runner) -> EncryptStatus {
         keys: keys(runner),
         interfaces,
         peers,
+        exchanges: exchanges(runner),
         exemptions: exemptions(runner),
         drops: runner.machine.drops().await.into_iter().collect(),
     }
@@ -186,6 +187,24 @@ fn no_pre_shared_key(runner: &Runner, own: &PublicKey, peer: &PublicKey) -> Stri
         }
         (Some(_), Some(_)) => "the device has lost it: it is added again".into(),
         (None, _) | (_, None) => "the directory does not know the keys".into(),
+    }
+}
+
+fn exchanges(runner: &Runner) -> ExchangeStatus {
+    let Counters {
+        begun,
+        agreed,
+        failed,
+        malformed,
+        unexpected,
+        refused,
+    } = runner.agent.exchange_counters();
+    ExchangeStatus {
+        awaited: runner.agent.awaited_psks().count(),
+        begun,
+        agreed,
+        failed,
+        dropped: malformed + unexpected + refused + runner.links.refused(),
     }
 }
 
@@ -542,6 +561,13 @@ fn encrypt_text(status: &EncryptStatus, verbose: bool) -> String {
     for peer in &status.peers {
         peer_text(&mut out, peer);
     }
+    if status.exchanges.awaited > 0 {
+        let _ = writeln!(
+            out,
+            "\nPeers that wait for a pre-shared key: {}",
+            status.exchanges.awaited
+        );
+    }
     let _ = writeln!(out, "\nNot tunnelled:");
     for exemption in &status.exemptions {
         let _ = writeln!(out, "  {exemption}");
@@ -693,6 +719,7 @@ mod tests {
             keys: KeyStatus::default(),
             interfaces: vec![],
             peers: vec![],
+            exchanges: ExchangeStatus::default(),
             exemptions: vec!["x".into()],
             drops: vec![("no-path".into(), 3), ("policy".into(), 0)],
         };

@@ -62,7 +62,12 @@ fn text(audit: &Audit, only_disagreeing: bool) -> String {
         (true, 0) => "All pairs agree on their keys\n".to_owned(),
         (true, _) => format!("Pairs that disagree: {total}\n"),
         (false, 0) => "There is no pair of nodes\n".to_owned(),
-        (false, _) => format!("Pairs that agree on their keys: {agree} of {total}\n"),
+        (false, _) => {
+            let shared = audit.pairs.iter().filter(|pair| pair.pre_shared_key).count();
+            format!(
+                "Pairs that agree on their keys: {agree} of {total}\nPairs with a pre-shared key:    {shared} of {total}\n"
+            )
+        }
     };
     if total > 0 {
         let rows = audit.pairs.iter().map(|pair| {
@@ -72,6 +77,7 @@ fn text(audit: &Audit, only_disagreeing: bool) -> String {
                 a.clone(),
                 b.clone(),
                 if pair.agree { "yes" } else { "NO" }.to_owned(),
+                if pair.pre_shared_key { "yes" } else { "no" }.to_owned(),
                 if paths.is_empty() {
                     "-".to_owned()
                 } else {
@@ -79,7 +85,7 @@ fn text(audit: &Audit, only_disagreeing: bool) -> String {
                 },
             ]
         });
-        let header = ["NODE", "PEER", "AGREE", "PATHS (GENERATIONS)"];
+        let header = ["NODE", "PEER", "AGREE", "PRE-SHARED KEY", "PATHS (GENERATIONS)"];
         text += &format!("\n{}\n", output::table(&header, rows.collect()));
     }
     let faults = audit.pairs.iter().flat_map(|pair| {
@@ -149,6 +155,7 @@ mod tests {
             agree,
             faults: faults.iter().map(|fault| (*fault).to_owned()).collect(),
             paths: vec![of([Some(GOOD), Some(GOOD)])],
+            pre_shared_key: agree,
         };
         let audit = Audit {
             healthy: false,
@@ -159,7 +166,9 @@ mod tests {
         };
         let said = text(&audit, false);
         assert!(
-            said.starts_with("Pairs that agree on their keys: 1 of 2\n"),
+            said.starts_with(
+                "Pairs that agree on their keys: 1 of 2\nPairs with a pre-shared key:    1 of 2\n"
+            ),
             "{said}"
         );
         assert!(

@@ -156,6 +156,8 @@ pub(crate) struct Pair {
     /// A sentence each; empty where they agree.
     pub(crate) faults: Vec<String>,
     pub(crate) paths: Vec<Path>,
+    /// Both ends send by paths that have a pre-shared key.
+    pub(crate) pre_shared_key: bool,
 }
 
 /// A path by the generations of its two keys, with what either end says; `None` where it says nothing of it.
@@ -343,6 +345,7 @@ impl From<proto::PairAudit> for Pair {
             nodes: [pair.a, pair.b],
             agree: pair.agree,
             faults: pair.faults,
+            pre_shared_key: pair.pre_shared_key,
             paths: pair
                 .paths
                 .into_iter()

@@ -91,6 +91,8 @@ pub struct Slot {
     pub generation: u64,
     /// Public key, base64.
     pub public_key: String,
+    /// Its holder agrees on pre-shared keys.
+    pub pre_shared_keys: bool,
 }
 
 /// What an agent reports of its node.
@@ -145,6 +147,10 @@ pub struct PeerReport {
     pub sent_bytes: u64,
     /// A handshake within the last 180 s.
     pub ready: bool,
+    /// The path has a post-quantum pre-shared key.
+    pub pre_shared_key: bool,
+    /// Why it has none; empty where it has one.
+    pub no_pre_shared_key: String,
 }
 
 impl From<proto::StatusResponse> for ClusterStatus {
@@ -199,6 +205,7 @@ impl From<proto::Slot> for Slot {
             port: slot.port,
             generation: slot.generation,
             public_key: STANDARD.encode(slot.public_key),
+            pre_shared_keys: slot.pre_shared_keys,
         }
     }
 }
@@ -234,6 +241,8 @@ impl From<proto::PeerStatus> for PeerReport {
             received_bytes: peer.received_bytes,
             sent_bytes: peer.sent_bytes,
             ready: peer.ready,
+            pre_shared_key: peer.pre_shared_key,
+            no_pre_shared_key: peer.no_pre_shared_key,
         }
     }
 }

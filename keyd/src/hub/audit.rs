@@ -73,7 +73,16 @@ fn audit(a: &End<'_>, b: &End<'_>) -> PairAudit {
         agree: faults.is_empty(),
         faults,
         paths: paths(a, b),
+        pre_shared_key: sends_with_psk(a, b) && sends_with_psk(b, a),
     }
+}
+
+/// Whether an end sends by a path that has a pre-shared key. It is so for each path between keys that were made with them,
+/// which is not verified without.
+fn sends_with_psk(here: &End<'_>, there: &End<'_>) -> bool {
+    let mut paths = here.paths.unwrap_or_default().iter();
+    let sending = paths.find(|path| path.sending && path.verified);
+    sending.is_some_and(|path| here.keys.agrees(path.own) && there.keys.agrees(path.peer))
 }
 
 /// What is wrong at one end.
@@ -99,6 +108,13 @@ fn faults_at(here: &End<'_>, there: &End<'_>) -> Vec<String> {
         if !here.keys.lists(path.own) || !there.keys.lists(path.peer) {
             faults.push(format!(
                 "node {name} has a path of generation {} to generation {} of node {peer}, which the directory does not list",
+                path.own, path.peer
+            ));
+        }
+        if path.conflict.is_some() {
+            faults.push(format!(
+                "node {name} and node {peer} have different pre-shared keys (generation {} to {}), as a disk was set back: \
+                 both are told to forget theirs",
                 path.own, path.peer
             ));
         }
@@ -203,7 +219,10 @@ mod tests {
         };
         let (at_a, at_b) = ([path(1, 2)], [path(2, 1)]);
         let good = audit(&end(Some(&at_a)), &other(Some(&at_b), None));
-        assert!(good.agree && good.faults.is_empty(), "{good:?}");
+        assert!(
+            good.agree && good.faults.is_empty() && good.pre_shared_key,
+            "{good:?}"
+        );
         assert_eq!(good.paths.len(), 1);
         assert!(good.paths[0].at_a.is_some() && good.paths[0].at_b.is_some());
 
@@ -215,6 +234,15 @@ mod tests {
         }];
         let stale = audit(&end(Some(&stale)), &other(Some(&at_b), None));
         assert!(stale.faults[0].contains("without a fresh handshake"), "{stale:?}");
+        let lost = [PathState {
+            conflict: Some(warren_model::PskConflict {
+                own: None,
+                peer: Some(warren_model::PskId([7; 16])),
+            }),
+            ..path(1, 2)
+        }];
+        let lost = audit(&end(Some(&lost)), &other(Some(&at_b), None));
+        assert!(lost.faults[0].contains("different pre-shared keys"), "{lost:?}");
         let void = [path(1, 2), path(1, 1)];
         let void = audit(&end(Some(&void)), &other(Some(&at_b), None));
         assert!(void.faults[0].contains("does not list"), "{void:?}");

@@ -306,10 +306,29 @@ pub struct EncryptStatus {
     pub interfaces: Vec<InterfaceStatus>,
     /// One per peer and slot.
     pub peers: Vec<PeerStatus>,
+    /// How pairs agree on pre-shared keys.
+    #[serde(default)]
+    pub exchanges: ExchangeStatus,
     /// What is exempt from the tunnel, a line each.
     pub exemptions: Vec<String>,
     /// Packets dropped, by reason.
     pub drops: Vec<(String, u64)>,
+}
+
+/// The exchanges of pre-shared keys since the agent started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ExchangeStatus {
+    /// Pairs that wait for a key now: nothing is sent to these peers.
+    pub awaited: usize,
+    /// Offers made and answered.
+    pub begun: u64,
+    /// Keys that were agreed on.
+    pub agreed: u64,
+    /// Offers and answers that led to no key, and keys that could not be kept.
+    pub failed: u64,
+    /// Packets that were no message, nothing that was asked, or more than a peer may send.
+    pub dropped: u64,
 }
 
 /// The keys of a node and the paths that they make.

@@ -301,13 +301,14 @@ impl Agent {
         self.exchanges.next()
     }
 
-    /// `keyd` says that a pre-shared key is to be forgotten. One that is not meant stays.
-    pub fn forget_psk(&mut self, now: Duration, forget: &ForgetPsk) {
+    /// `keyd` says that a pre-shared key is to be forgotten. One that is not meant stays. Returns whether one was.
+    pub fn forget_psk(&mut self, now: Duration, forget: &ForgetPsk) -> bool {
         let own = self.own_keys().and_then(|own| own.key(forget.own));
         let peer = self.node(&forget.peer).map(NodeRecord::keys);
         let peer = peer.and_then(|peer| peer.key(forget.other));
-        if let (Some(own), Some(peer)) = (own, peer) {
-            self.exchanges.forget(now, &Ends { own, peer }, forget.id);
+        match (own, peer) {
+            (Some(own), Some(peer)) => self.exchanges.forget(now, &Ends { own, peer }, forget.id),
+            _ => false,
         }
     }
 

@@ -2,7 +2,7 @@
 //! to and from the same port of the peer's.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     sync::{
@@ -50,6 +50,8 @@ impl Drop for Waiting {
 #[derive(Default)]
 pub(crate) struct Links {
     links: BTreeMap<u8, Link>,
+    /// Slots whose socket could not be opened the last time.
+    failing: BTreeSet<u8>,
     waiting: Arc<AtomicUsize>,
     refused: Arc<AtomicU64>,
 }
@@ -86,10 +88,14 @@ impl Links {
                 continue;
             }
             match self.open(slot, ifindex, address, inputs) {
-                Ok(link) => drop(self.links.insert(slot, link)),
-                Err(error) => {
-                    tracing::warn!(slot, %address, %error, "pre-shared keys cannot be agreed on: no socket");
+                Ok(link) => {
+                    self.failing.remove(&slot);
+                    self.links.insert(slot, link);
                 }
+                Err(error) if self.failing.insert(slot) => {
+                    tracing::warn!(slot, %address, %error, "no socket to agree on pre-shared keys by: trying again");
+                }
+                Err(_) => {}
             }
         }
     }

@@ -43,11 +43,15 @@ impl Reports {
         let since = before.map_or(Some(now), |before| before.silent_since);
         let silent = !paths.iter().any(|path| path.verified);
         let silent_since = silent.then_some(since.unwrap_or(now));
+        // Said again it is not a new one.
+        let conflicts = |paths: &[PathState]| -> Vec<_> { paths.iter().map(|path| path.conflict).collect() };
+        let same = before.filter(|before| conflicts(&before.paths) == conflicts(&paths));
+        let told = same.and_then(|before| before.told);
         let reported = Reported {
             uid,
             paths,
             silent_since,
-            told: None,
+            told,
         };
         self.peers.insert(peer, reported);
     }

@@ -198,15 +198,16 @@ impl Exchange {
     }
 
     /// `keyd` says that this key, and no other, is to be forgotten.
-    pub(super) fn forget(&mut self, now: Duration, id: PskId) {
+    pub(super) fn forget(&mut self, now: Duration, id: PskId) -> bool {
         if self.current() != Some(id) && self.record.agreed != Some(id) {
-            return;
+            return false;
         }
         self.forgotten = Some(id);
         if self.wanted.agreed == Some(id) {
             self.wanted.agreed = None;
         }
         self.renew(now);
+        true
     }
 
     /// A message of the other end.

@@ -183,9 +183,10 @@ impl Exchanges {
         self.paths.get(ends)?.exchange.conflict
     }
 
-    /// `keyd` says that a path's key, if it is this one, is to be forgotten.
-    pub fn forget(&mut self, now: Duration, ends: &Ends, id: PskId) {
-        self.with(*ends, |path, _| path.exchange.forget(now, id));
+    /// `keyd` says that a path's key, if it is this one, is to be forgotten. Returns whether it is.
+    pub fn forget(&mut self, now: Duration, ends: &Ends, id: PskId) -> bool {
+        let forgotten = self.with(*ends, |path, _| path.exchange.forget(now, id));
+        forgotten.unwrap_or_default()
     }
 
     /// A packet came on a slot's device, from its port of the exchange and to ours.
