@@ -89,9 +89,10 @@ impl StateDir {
             Ok(saved) if saved.boot_id == boot_id() => saved,
             Ok(saved) => {
                 let gone = saved.endpoints.iter().map(|(_, endpoint)| endpoint.clone());
-                let unreported = saved.unreported.iter().cloned().chain(gone).collect();
+                let gone = saved.unreported.iter().cloned().chain(gone);
+                // One that was adopted without a name is nobody to report.
                 SavedEndpoints {
-                    unreported,
+                    unreported: gone.filter(|endpoint| endpoint.pod.is_some()).collect(),
                     ..fresh()
                 }
             }
@@ -253,9 +254,14 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let state = StateDir::open(directory.path()).unwrap();
         let mut saved = state.load_endpoints();
+        let pod = warren_model::PodRef {
+            namespace: "demo".into(),
+            name: "api".into(),
+            uid: "u1".into(),
+        };
         saved.unreported.push(Endpoint {
             key: None,
-            pod: None,
+            pod: Some(pod),
             ifindex: 3,
             mac: [0; 6],
             addresses: Default::default(),
@@ -265,9 +271,15 @@ mod tests {
         state.save_endpoints(&saved).unwrap();
         assert_eq!(state.load_endpoints(), saved);
         saved.boot_id = "before".into();
-        saved
-            .endpoints
-            .add(saved.unreported[0].clone(), &Default::default());
+        let named = saved.unreported[0].clone();
+        let nameless = Endpoint {
+            pod: None,
+            ifindex: 4,
+            ..named.clone()
+        };
+        for endpoint in [named, nameless] {
+            saved.endpoints.add(endpoint, &Default::default());
+        }
         state.save_endpoints(&saved).unwrap();
         let loaded = state.load_endpoints();
         assert!(loaded.endpoints.is_empty());

@@ -387,10 +387,12 @@ impl Client {
         }
         match command {
             ToKeyd::Add(endpoint, reply) => {
+                let Some((namespace, pod, uid, addresses)) = parts(&endpoint) else {
+                    return Ok(());
+                };
                 let request_id = session.next_request;
                 session.next_request += 1;
                 session.waiting.insert(request_id, reply);
-                let (namespace, pod, uid, addresses) = parts(&endpoint);
                 session.say(Say::EndpointAdd(proto::EndpointAdd {
                     request_id,
                     namespace,
@@ -400,7 +402,9 @@ impl Client {
                 }))
             }
             ToKeyd::Delete(endpoint) => {
-                let (namespace, pod, uid, addresses) = parts(&endpoint);
+                let Some((namespace, pod, uid, addresses)) = parts(&endpoint) else {
+                    return Ok(());
+                };
                 session.say(Say::EndpointDelete(proto::EndpointDelete {
                     namespace,
                     pod,
@@ -482,16 +486,10 @@ fn read_token(path: &Path) -> Result<Zeroizing<String>, String> {
         .map_err(|error| format!("cannot read the token {}: {error}", path.display()))
 }
 
-fn parts(endpoint: &Endpoint) -> (String, String, String, Vec<Vec<u8>>) {
-    let pod = endpoint.pod.clone();
-    let (namespace, name, uid) = pod
-        .map(|pod| (pod.namespace, pod.name, pod.uid))
-        .unwrap_or_default();
-    let addresses = endpoint
-        .addresses
-        .iter()
-        .copied()
-        .map(convert::address_to_bytes)
-        .collect();
-    (namespace, name, uid, addresses)
+/// Namespace, name, UID and addresses; `None` for one that was adopted without a name: `keyd` was never told of it.
+fn parts(endpoint: &Endpoint) -> Option<(String, String, String, Vec<Vec<u8>>)> {
+    let pod = endpoint.pod.clone()?;
+    let addresses = endpoint.addresses.iter().copied();
+    let addresses = addresses.map(convert::address_to_bytes).collect();
+    Some((pod.namespace, pod.name, pod.uid, addresses))
 }
