@@ -332,6 +332,7 @@ fn no_secret_is_in_logs_metrics_status_or_manifests() -> Result<()> {
         let mut note = || -> Result<()> {
             for node in lab.nodes() {
                 secrets.extend(node.private_keys()?.into_iter().map(|(_, key)| key));
+                secrets.extend(node.pre_shared_keys()?.into_iter().map(|key| key.secret));
             }
             Ok(())
         };
@@ -351,11 +352,16 @@ fn no_secret_is_in_logs_metrics_status_or_manifests() -> Result<()> {
             let secret = token.trim().split('.').nth(2).context("a token has four parts")?;
             secrets.push(Secret::text(&format!("{}'s join token", node.name), secret));
         }
-        ensure!(secrets.len() >= 6, "{secrets:?}");
+        ensure!(secrets.len() >= 10, "{secrets:?}");
         let finder = Finder::new(secrets);
         // The search must find what is there.
         let keys = finder.in_files(&lab.node(1).key_folder(), &|_| false)?;
-        ensure!(!keys.is_empty(), "it does not find a key in its own file");
+        for kind in ["private", "pre-shared"] {
+            ensure!(
+                keys.iter().any(|found| found.contains(kind)),
+                "it does not find a {kind} key in its own file"
+            );
+        }
         let tokens = finder.in_files(&lab.node(1).dir().join("etc"), &|_| false)?;
         ensure!(!tokens.is_empty(), "it does not find a token in its own file");
 

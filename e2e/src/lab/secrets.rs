@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_model::keys::KEY_SLOTS;
 
@@ -171,7 +171,50 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
+/// A pre-shared key on a node's disk.
+#[derive(Debug, Clone)]
+pub struct PreShared {
+    /// The generation of the node's own key.
+    pub generation: u64,
+    /// The peer's public key, hexadecimal.
+    pub peer: String,
+    /// The key.
+    pub secret: Secret,
+}
+
 impl Node {
+    /// The pre-shared keys on this node's disk.
+    pub fn pre_shared_keys(&self) -> Result<Vec<PreShared>> {
+        let mut keys = Vec::new();
+        for (generation, _) in self.private_keys()? {
+            // One that was made without has none.
+            let Ok(text) = fs::read_to_string(self.key_folder().join(format!("gen{generation}.psk"))) else {
+                continue;
+            };
+            for line in text.lines().skip(1) {
+                let words: Vec<_> = line.split(' ').collect();
+                let [peer, "agreed" | "offered", key] = words[..] else {
+                    bail!(
+                        "{}: a pre-shared key of generation {generation} is no line",
+                        self.name
+                    );
+                };
+                let bytes = STANDARD.decode(key).ok().and_then(|bytes| bytes.try_into().ok());
+                let bytes = bytes.context("a pre-shared key that is none")?;
+                let name = format!(
+                    "{}'s pre-shared key of generation {generation} with {peer}",
+                    self.name
+                );
+                keys.push(PreShared {
+                    generation,
+                    peer: String::from_utf8_lossy(&hex(&STANDARD.decode(peer)?)).into_owned(),
+                    secret: Secret::key(&name, bytes),
+                });
+            }
+        }
+        Ok(keys)
+    }
+
     /// The private keys on this node's disk, by generation.
     pub fn private_keys(&self) -> Result<Vec<(u64, Secret)>> {
         let mut keys = Vec::new();

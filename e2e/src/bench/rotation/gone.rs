@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::lab::{
     Lab, Node,
-    secrets::{Finder, Secret},
+    secrets::{Finder, PreShared, Secret},
     wait::wait_until,
 };
 
@@ -18,6 +18,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub struct Former {
     /// The node's number, the generation, the key.
     keys: Vec<(u8, u64, Secret)>,
+    /// Of all nodes, with the node's number.
+    shared: Vec<(u8, PreShared)>,
     public: Vec<String>,
 }
 
@@ -37,7 +39,21 @@ impl Former {
             }
         }
         ensure!(!keys.is_empty(), "the nodes have no keys");
-        Ok(Self { keys, public })
+        let mut shared = Vec::new();
+        for node in lab.nodes() {
+            for key in node.pre_shared_keys()? {
+                if prove {
+                    found_everywhere(&node, &key.secret)?;
+                }
+                shared.push((node.number, key));
+            }
+        }
+        Ok(Self { keys, shared, public })
+    }
+
+    /// How many pre-shared keys the nodes have, each end counted.
+    pub fn shared(&self) -> usize {
+        self.shared.len()
     }
 
     /// Waits until nothing is left of the keys that were replaced. Returns how many these are.
@@ -58,10 +74,35 @@ impl Former {
             wait_until(LIMIT, &format!("{} is gone", secret.name), || {
                 let kept = node.private_keys()?;
                 ensure!(kept.iter().all(|(kept, _)| kept != generation), "it is on disk");
-                found_nowhere(&node, secret)
+                found_nowhere(&node, [secret.clone()])
             })?;
         }
+        self.shared_gone(lab, &old)?;
         Ok(old.len())
+    }
+
+    /// Waits until nothing is left of the pre-shared keys of paths that had an old key at either end.
+    fn shared_gone(&self, lab: &Lab, old: &[&String]) -> Result<()> {
+        for node in lab.nodes() {
+            let of_node = self.shared.iter().filter(|(number, _)| *number == node.number);
+            let void: Vec<_> = of_node
+                .filter(|(number, key)| {
+                    old.contains(&&key.peer)
+                        || self
+                            .keys
+                            .iter()
+                            .any(|(owner, generation, _)| (owner, *generation) == (number, key.generation))
+                })
+                .map(|(_, key)| key.secret.clone())
+                .collect();
+            if void.is_empty() {
+                continue;
+            }
+            wait_until(LIMIT, &format!("{void:?} are gone"), || {
+                found_nowhere(&node, void.clone())
+            })?;
+        }
+        Ok(())
     }
 }
 
@@ -85,8 +126,8 @@ fn found_everywhere(node: &Node, secret: &Secret) -> Result<()> {
     seen("the agent's memory", &finder.in_process(*agent)?)
 }
 
-fn found_nowhere(node: &Node, secret: &Secret) -> Result<()> {
-    let finder = Finder::new([secret.clone()]);
+fn found_nowhere(node: &Node, secrets: impl IntoIterator<Item = Secret>) -> Result<()> {
+    let finder = Finder::new(secrets);
     let mut found = finder.find(node.device_dump()?.as_bytes());
     found.extend(finder.in_files(&node.dir().join("state"), &|_| false)?);
     for pid in node.key_holders()? {
