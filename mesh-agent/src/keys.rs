@@ -34,6 +34,8 @@ const FIRST_NAME: &str = "slot0.key";
 const OWNER_NAME: &str = "node-uid";
 /// Two of a node are in use at once; the others are void and about to go.
 const MOST: usize = 8;
+/// Bytes of a key file: base64 of 32 bytes, the end of the line.
+const KEY_LINE: usize = 44 + 1;
 /// More than a key file ever has.
 const LONGEST_FILE: u64 = 4096;
 
@@ -129,16 +131,18 @@ impl KeyStore {
         }
         let path = keys.path(generation);
         let private = Arc::new(proof::generate_private_key().context("cannot make a key")?);
-        let text = Zeroizing::new(format!(
-            "{}\n",
-            *Zeroizing::new(STANDARD.encode(private.expose()))
-        ));
+        // Of its final length: a text that grows leaves copies behind.
+        let mut text = Zeroizing::new([b'\n'; KEY_LINE]);
+        STANDARD
+            .encode_slice(private.expose(), &mut text[..KEY_LINE - 1])
+            .ok()
+            .context("a key has 32 bytes")?;
         let shared = pre_shared.then(Table::default);
         // First: a key without it is one without pre-shared keys.
         if let Some(table) = &shared {
             table.write(&keys.shared_path(generation))?;
         }
-        write_private(&path, text.as_bytes())?;
+        write_private(&path, text.as_slice())?;
         let public = proof::public_key(&private);
         tracing::info!(generation, %public, pre_shared, "made a key");
         let held = Held {
