@@ -196,15 +196,16 @@ async fn run(config: Config) -> Result<()> {
     let mut enforcer = Enforcer::new(shared.clone(), config.node.clone(), defaults)
         .context("the policy maps cannot be read")?;
     let (to_enforcer, messages) = std::sync::mpsc::channel();
+    let mut agent = Agent::new(settings, keys.keyring());
+    agent.restore_pre_shared_keys(Exchanges::new(keys.records(), psk::salt()?));
     let mut runner = Runner::new(
         config.clone(),
-        settings,
+        agent,
         machine,
         (state.clone(), keys.clone()),
         inputs.clone(),
         to_keyd,
         (to_enforcer.clone(), shared.clone()),
-        psk::salt()?,
     );
     let mut contents = Contents::default();
     if let Some(directory) = &directory {
@@ -288,18 +289,15 @@ fn forward_inputs(
 impl Runner {
     fn new(
         config: Config,
-        settings: Settings,
+        mut agent: Agent,
         machine: Machine,
         (state, keys): (StateDir, KeyStore),
         inputs: mpsc::UnboundedSender<Input>,
         to_keyd: mpsc::UnboundedSender<ToKeyd>,
         (enforcer, shared): (std::sync::mpsc::Sender<ToEnforcer>, Shared),
-        salt: [u8; 7],
     ) -> Self {
         let saved = state.load_endpoints();
-        let mut agent = Agent::new(settings, keys.keyring());
         agent.restore_endpoints(saved.endpoints.clone());
-        agent.restore_pre_shared_keys(Exchanges::new(keys.records(), salt));
         let unreported = saved
             .unreported
             .iter()
