@@ -22,8 +22,8 @@ pub(crate) struct Arguments {
     /// Name the steps and run none.
     #[arg(long)]
     list: bool,
-    /// Test programs that run at the same time. Most of their time they wait.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    /// Test programs that run at the same time, at most one of them with a cluster. Most of their time they wait.
+    #[arg(long, value_name = "N", default_value_t = 2)]
     at_once: usize,
 }
 
