@@ -29,9 +29,15 @@ const STEPS: &[Step] = &[
         script: "$BIN/kernel_driver",
     },
     Step {
+        name: "scenarios",
+        about: "the kernel's own scenarios: kernel with kernel, kernel with the userspace engine",
+        script: "WARREN_SCENARIO_ENGINES=kernel,warren WARREN_TUNNEL_ENGINE=$BIN/warren-tunnel-engine \
+                 $BIN/engine --test-threads=3 alike mixed",
+    },
+    Step {
         name: "net",
         about: "devices, routes and rules; the probe for WireGuard",
-        script: "$BIN/routing --test-threads=1 && $BIN/driver --test-threads=1 the_kernel_driver",
+        script: "$BIN/routing --test-threads=1 && $BIN/engine --test-threads=1 the_kernel_driver",
     },
     Step {
         name: "bpf",
@@ -51,8 +57,9 @@ const STEPS: &[Step] = &[
     },
 ];
 
-/// What the demonstration starts.
+/// What the demonstration and the scenarios start.
 const PROGRAMS: &[&str] = &[
+    "warren-tunnel-engine",
     "warren-demo",
     "warren-lab-app",
     "mesh-agent",
@@ -68,8 +75,8 @@ const TESTS: &[(&[&str], &[&str])] = &[
         &["kernel_driver"],
     ),
     (
-        &["test", "--no-run", "-p", "warren-wireguard", "--test", "driver"],
-        &["driver"],
+        &["test", "--no-run", "-p", "warren-wireguard", "--test", "engine"],
+        &["engine"],
     ),
     (
         &["test", "--no-run", "-p", "warren-net", "--test", "routing"],

@@ -6,6 +6,7 @@
 
 mod cipher;
 mod flood;
+mod impaired;
 mod latency;
 mod life;
 mod load;
@@ -46,7 +47,7 @@ struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Test>,
     /// Against whom.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Other::WireguardGo, Other::BoringtunCli])]
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Other::WireguardGo, Other::BoringtunCli, Other::GotatunCli])]
     peers: Vec<Other>,
     /// Which of this project's engines is "ours".
     #[arg(long, default_value_t)]
@@ -74,6 +75,7 @@ enum Role {
 enum Other {
     WireguardGo,
     BoringtunCli,
+    GotatunCli,
     /// This project's engine with boringtun's sessions.
     OursBoringtun,
 }
@@ -108,6 +110,8 @@ enum Test {
     Handshakes,
     /// Throughput and handshakes in a flood of handshakes.
     Flood,
+    /// TCP through a network of 20 ms that loses datagrams.
+    Impaired,
     /// Our engine only: an upgrade and a kill under 10,000 packets a second.
     Replace,
 }
@@ -156,6 +160,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
         pairs.push(match other {
             Other::WireguardGo => Pair::new("wireguard-go", &Engine::WireguardGo)?,
             Other::BoringtunCli => Pair::new("boringtun-cli", &Engine::BoringtunCli)?,
+            Other::GotatunCli => Pair::new("gotatun-cli", &Engine::GotatunCli)?,
             Other::OursBoringtun => Pair::new("ours-boringtun", &ours(Implementation::Boringtun)?)?,
         });
     }
@@ -173,7 +178,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
                 if interrupted.load(Ordering::Relaxed) {
                     bail!("interrupted");
                 }
-                let measured = run(*test, pair, arguments.seconds)
+                let measured = run(*test, pair, round, arguments.seconds)
                     .with_context(|| format!("{} in round {}", pair.name, round + 1))?;
                 report.add(round, place, measured);
             }
@@ -217,7 +222,7 @@ fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
     Ok(())
 }
 
-fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
+fn run(test: Test, pair: &Pair, round: usize, seconds: u64) -> Result<Vec<Measured>> {
     match test {
         Test::TcpOne => pair.tcp("tcp_one", seconds, &[], true),
         Test::TcpOneReverse => pair.tcp("tcp_one_reverse", seconds, &["-R"], false),
@@ -238,6 +243,7 @@ fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
         Test::Start => life::start(&pair.engine),
         Test::Handshakes => peers::handshakes(&pair.engine),
         Test::Flood => flood::measure(pair, seconds),
+        Test::Impaired => impaired::measure(pair.name, &pair.engine, round, seconds),
         Test::Replace if matches!(pair.engine, Engine::Warren(..)) => life::replace(&pair.engine),
         Test::Replace => Ok(Vec::new()),
     }

@@ -146,6 +146,11 @@ impl Peer {
         }
     }
 
+    /// Where the peer is.
+    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
+        self.lock().endpoint
+    }
+
     /// Changes settings. Whether the peer's handshake should begin anew, since it may now be answered.
     pub(super) fn change(&self, change: PeerChange, identity: Option<&dyn Identity>) -> bool {
         let inner = &mut *self.lock();

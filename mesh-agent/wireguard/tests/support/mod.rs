@@ -20,7 +20,9 @@ use warren_model::{PrivateKey, PublicKey};
 
 pub mod capture;
 pub mod changes;
+pub mod relay;
 pub mod traffic;
+mod wg;
 
 /// How long a condition may take before a test gives up on it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,6 +39,8 @@ pub enum Engine {
     WireguardGo,
     /// `boringtun-cli`.
     BoringtunCli,
+    /// `gotatun-cli`: for benchmarks.
+    GotatunCli,
     /// The kernel's own, where it has one.
     Kernel,
 }
@@ -53,9 +57,12 @@ impl Engine {
     }
 
     fn warren_with(implementation: &str) -> Self {
+        let arguments = vec![format!("--engine={implementation}")];
+        if let Some(program) = std::env::var_os("WARREN_TUNNEL_ENGINE") {
+            return Self::Warren(program.into(), arguments);
+        }
         let beside = std::env::current_exe().expect("own path");
         let debug = beside.parent().and_then(Path::parent).expect("target directory");
-        let arguments = vec![format!("--engine={implementation}")];
         Self::Warren(debug.join("warren-tunnel-engine"), arguments)
     }
 }
@@ -223,6 +230,16 @@ impl Lab {
         move || enter(&name)
     }
 
+    /// One more namespace, with nothing in it.
+    pub fn namespace(&self, name: &str) -> Result<Namespace> {
+        Namespace::new(format!("wgt-{}-{name}", self.suffix))
+    }
+
+    /// `ip ARGUMENTS` where all that passes between the nodes is seen.
+    pub fn underlay_ip(&self, arguments: &str) -> Result<Output> {
+        self.underlay.ip(arguments)
+    }
+
     /// Makes every node a peer of every other, each owning its inner prefixes. Underlay: IPv6 or IPv4.
     pub fn mesh(&self, outer_v6: bool) -> Result<()> {
         for node in &self.nodes {
@@ -323,6 +340,16 @@ impl Node {
                     &self.device,
                 ]);
             }
+            Engine::GotatunCli => {
+                command.arg(tool("WARREN_GOTATUN_CLI", "gotatun")?);
+                command.args([
+                    "-f",
+                    "--disable-drop-privileges",
+                    "--verbosity",
+                    "error",
+                    &self.device,
+                ]);
+            }
             Engine::Kernel => {}
         }
         command.stdin(Stdio::null());
@@ -396,6 +423,9 @@ impl Node {
 
     /// Sends a `set=1` with these lines and returns the `errno`.
     pub fn set(&self, lines: &str) -> Result<i32> {
+        if matches!(self.engine, Engine::Kernel) {
+            return wg::set(self, lines).map(|()| 0);
+        }
         let answer = self.raw(format!("set=1\n{lines}\n").as_bytes())?;
         let number = answer
             .trim()
@@ -422,6 +452,24 @@ impl Node {
         Ok(answer)
     }
 
+    /// What `get=1` is answered with.
+    pub fn shown(&self) -> Result<String> {
+        match self.engine {
+            Engine::Kernel => wg::get(self),
+            _ => self.raw(b"get=1\n\n"),
+        }
+    }
+
+    /// Whether it is this crate's engine with boringtun's sessions.
+    pub fn is_boringtun(&self) -> bool {
+        matches!(&self.engine, Engine::Warren(_, arguments) if arguments.iter().any(|word| word.contains("boringtun")))
+    }
+
+    /// Whether it is this crate's engine.
+    pub fn is_ours(&self) -> bool {
+        matches!(self.engine, Engine::Warren(..))
+    }
+
     /// The value of the first line with this key in `get=1`.
     pub fn get(&self, key: &str) -> Result<Option<String>> {
         Ok(self.get_all(key)?.into_iter().next())
@@ -429,7 +477,7 @@ impl Node {
 
     /// The values of all lines with this key in `get=1`.
     pub fn get_all(&self, key: &str) -> Result<Vec<String>> {
-        let answer = self.raw(b"get=1\n\n")?;
+        let answer = self.shown()?;
         let values = answer
             .lines()
             .filter_map(|line| line.split_once('='))

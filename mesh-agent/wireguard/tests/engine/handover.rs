@@ -1,21 +1,19 @@
 //! An engine that is replaced by another while packets flow: with its consent, and without.
 
-mod support;
-
 use std::{
     io::{Read as _, Write as _},
     os::unix::net::UnixStream,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use nix::sys::signal::Signal;
-use support::{
-    Engine, Lab, Node,
+use crate::support::{
+    self, Engine, Lab, Node,
     capture::Capture,
     peer_line,
     traffic::{Flow, ping, within},
     until,
 };
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 /// Datagrams of each flow in a second.
 const RATE: u64 = 2_500;
