@@ -122,7 +122,7 @@ pub(super) fn script(steps: &[&Step], results: &Path) -> Result<String> {
         }
     }
     let mut script = format!("BIN={}\nfailed=0\n", super::quoted(&[bin.display().to_string()]));
-    script += "echo \"Linux $(uname -r)\"; modprobe wireguard || exit 1\n";
+    script += "echo \"Linux $(uname -r)\"; modprobe -a wireguard tun || exit 1\n";
     for Step {
         name,
         about,

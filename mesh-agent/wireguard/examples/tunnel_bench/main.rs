@@ -47,8 +47,11 @@ struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Test>,
     /// Against whom.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Other::WireguardGo, Other::BoringtunCli, Other::GotatunCli])]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 0.., default_values_t = [Other::WireguardGo, Other::BoringtunCli, Other::GotatunCli])]
     peers: Vec<Other>,
+    /// Against another build of this program, to see what a change gains.
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
     /// Which of this project's engines is "ours".
     #[arg(long, default_value_t)]
     engine: Implementation,
@@ -163,6 +166,13 @@ fn bench(arguments: &Arguments) -> Result<()> {
             Other::GotatunCli => Pair::new("gotatun-cli", &Engine::GotatunCli)?,
             Other::OursBoringtun => Pair::new("ours-boringtun", &ours(Implementation::Boringtun)?)?,
         });
+    }
+    if let Some(program) = &arguments.against {
+        let words = vec!["engine".into(), arguments.engine.to_string()];
+        pairs.push(Pair::new(
+            "before",
+            &Engine::Warren(program.canonicalize()?, words),
+        )?);
     }
     if let Some(path) = &arguments.profile {
         return profile(&pairs[0], path, arguments.seconds);

@@ -24,7 +24,7 @@ use std::{
 
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::transport::{DATA_HEADER, OVERHEAD, TAG};
+use super::transport::{DATA_HEADER, Layout, OVERHEAD, TAG};
 
 /// Messages that are done at once, at most.
 pub(super) const LANES: usize = 16;
@@ -134,7 +134,7 @@ impl Lanes {
     pub(super) fn seal(&self, messages: &mut [u8], segment: usize, counters: &[u64; LANES]) {
         let width = self.width();
         for (messages, counters) in messages.chunks_mut(width * segment).zip(counters.chunks(width)) {
-            let tags = self.tags(messages, segment, counters, true);
+            let tags = self.tags(messages, Layout::packed(segment), counters, true);
             for (message, tag) in messages.chunks_exact_mut(segment).zip(tags) {
                 message[segment - TAG..].copy_from_slice(&tag);
             }
@@ -145,11 +145,11 @@ impl Lanes {
     fn tags(
         &self,
         messages: &mut [u8],
-        segment: usize,
+        layout: Layout,
         counters: &[u64],
         sealing: bool,
     ) -> [[u8; TAG]; LANES] {
-        let batch = batch(messages, segment, self.width());
+        let batch = batch(messages, layout, self.width());
         let mut tags = [[0; TAG]; LANES];
         // SAFETY: `Self` exists only where the features do; the batch lies within `messages`.
         unsafe {
@@ -169,16 +169,16 @@ impl Lanes {
         tags
     }
 
-    /// Opens the contents of up to 16 messages of `segment` bytes in place. Which are authentic; the content of others is
-    /// left without meaning.
-    pub(super) fn open(&self, messages: &mut [u8], segment: usize, counters: &[u64; LANES]) -> [bool; LANES] {
-        let width = self.width();
+    /// Opens the contents of up to 16 messages of full size in place. Which are authentic; the content of others is left
+    /// without meaning.
+    pub(super) fn open(&self, messages: &mut [u8], layout: Layout, counters: &[u64; LANES]) -> [bool; LANES] {
+        let (width, Layout { segment, pitch }) = (self.width(), layout);
         let mut authentic = [false; LANES];
-        let batches = messages.chunks_mut(width * segment).zip(counters.chunks(width));
+        let batches = messages.chunks_mut(width * pitch).zip(counters.chunks(width));
         for ((messages, counters), authentic) in batches.zip(authentic.chunks_mut(width)) {
-            let tags = self.tags(messages, segment, counters, false);
-            for ((message, tag), authentic) in messages.chunks_exact(segment).zip(tags).zip(authentic) {
-                let sent = &message[segment - TAG..];
+            let tags = self.tags(messages, layout, counters, false);
+            for ((message, tag), authentic) in messages.chunks(pitch).zip(tags).zip(authentic) {
+                let sent = &message[segment - TAG..segment];
                 *authentic = aws_lc_rs::constant_time::verify_slices_are_equal(sent, &tag).is_ok();
             }
         }
@@ -186,14 +186,16 @@ impl Lanes {
     }
 }
 
-fn batch(messages: &mut [u8], segment: usize, width: usize) -> Batch {
-    assert!(segment >= OVERHEAD && messages.len().is_multiple_of(segment));
-    let count = messages.len() / segment;
-    assert!((1..=width).contains(&count), "{count} messages");
+fn batch(messages: &mut [u8], layout: Layout, width: usize) -> Batch {
+    let Layout { segment, pitch } = layout;
+    assert!(segment >= OVERHEAD && pitch >= segment);
+    let count = layout.whole(messages.len());
+    // None is cut short: the last one begins and ends within the buffer, and so do those before it.
+    assert!((1..=width).contains(&count) && layout.count(messages.len()) == count);
     Batch {
         // Of the first message, which has this many bytes.
         base: messages[DATA_HEADER..].as_mut_ptr(),
-        stride: segment,
+        stride: pitch,
         len: segment - OVERHEAD,
         count,
     }

@@ -62,12 +62,19 @@ pub(super) fn set(node: &Node, lines: &str) -> Result<()> {
     for peer in &peers {
         if peer.remove {
             node.exec(&["wg", "set", &node.device, "peer", &peer.key, "remove"])?;
-        } else if peer.replace {
-            node.exec(&["wg", "set", &node.device, "peer", &peer.key, "allowed-ips", ""])?;
         }
     }
+    // `wg addconf` replaces what a peer it names has.
+    let present = match peers.iter().all(|peer| peer.replace || peer.remove) {
+        true => Vec::new(),
+        false => allowed_ips(node)?,
+    };
     let mut text = interface;
-    for peer in peers.iter().filter(|peer| !peer.remove) {
+    for peer in peers.iter_mut().filter(|peer| !peer.remove) {
+        let kept = present
+            .iter()
+            .filter(|(key, _)| *key == peer.key && !peer.replace);
+        peer.allowed.extend(kept.map(|(_, prefix)| prefix.clone()));
         writeln!(text, "[Peer]\nPublicKey = {}\n{}", peer.key, peer.lines)?;
         if !peer.allowed.is_empty() {
             writeln!(text, "AllowedIPs = {}", peer.allowed.join(", "))?;
@@ -92,6 +99,18 @@ fn add(node: &Node, text: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "wg addconf: {said}");
     Ok(())
+}
+
+/// Keys of peers and what each may send from, a pair for each prefix.
+fn allowed_ips(node: &Node) -> Result<Vec<(String, String)>> {
+    let output = node.exec(&["wg", "show", &node.device, "allowed-ips"])?;
+    let text = String::from_utf8(output.stdout)?;
+    let pairs = text.lines().filter_map(|line| line.split_once('\t'));
+    let each = pairs.flat_map(|(key, prefixes)| {
+        let prefixes = prefixes.split(' ').filter(|prefix| *prefix != "(none)");
+        prefixes.map(move |prefix| (key.to_owned(), prefix.to_owned()))
+    });
+    Ok(each.collect())
 }
 
 /// What `get=1` would be answered with.
