@@ -90,6 +90,26 @@ impl Namespace {
         )
     }
 
+    /// As [`Self::ip`], for each line; one process for all.
+    fn ip_all<const N: usize>(&self, lines: [String; N]) -> Result<()> {
+        let mut child = Command::new("ip")
+            .args(["-n", &self.0, "-batch", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take().context("ip has no stdin")?;
+        { stdin }.write_all(lines.join("\n").as_bytes())?;
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "ip -n {} -batch: {lines:?}: {said}",
+            self.0
+        );
+        Ok(())
+    }
+
     /// Moves the calling thread into the namespace.
     pub fn enter(&self) -> Result<()> {
         enter(&self.0)
@@ -179,8 +199,7 @@ impl Lab {
     pub fn new(engines: impl IntoIterator<Item = Engine>) -> Result<Self> {
         let suffix = hex::encode(random::<3>());
         let underlay = Namespace::new(format!("wgt-{suffix}-u"))?;
-        underlay.ip("link add br0 type bridge")?;
-        underlay.ip("link set br0 up")?;
+        underlay.ip_all(["link add br0 type bridge", "link set br0 up"].map(String::from))?;
         let mut lab = Self {
             nodes: Vec::new(),
             suffix,
@@ -194,14 +213,16 @@ impl Lab {
 
     fn add(&mut self, number: u8, engine: Engine) -> Result<()> {
         let namespace = Namespace::new(format!("wgt-{}-{number}", self.suffix))?;
-        self.underlay.ip(&format!(
-            "link add v{number} type veth peer name eth0 netns {}",
-            namespace.name()
-        ))?;
-        self.underlay.ip(&format!("link set v{number} master br0 up"))?;
-        namespace.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"))?;
-        namespace.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"))?;
-        namespace.ip("link set eth0 up")?;
+        let inside = namespace.name();
+        self.underlay.ip_all([
+            format!("link add v{number} type veth peer name eth0 netns {inside}"),
+            format!("link set v{number} master br0 up"),
+        ])?;
+        namespace.ip_all([
+            format!("addr add 192.0.2.{number}/24 dev eth0"),
+            format!("addr add 2001:db8::{number}/64 dev eth0 nodad"),
+            "link set eth0 up".into(),
+        ])?;
         let device = match engine {
             Engine::Warren(..) | Engine::Kernel => "warren0".to_owned(),
             _ => "wgtest0".to_owned(),
@@ -367,15 +388,13 @@ impl Node {
     /// Addresses, MTU and routes of the tunnel device.
     pub fn configure_links(&self) -> Result<()> {
         let (number, device) = (self.number, &self.device);
-        // The queue as our engine has it: others leave it at 500.
-        self.namespace
-            .ip(&format!("link set {device} mtu 1412 txqueuelen 10000"))?;
-        self.namespace
-            .ip(&format!("addr add 10.{number}.0.1/8 dev {device}"))?;
-        self.namespace
-            .ip(&format!("addr add fd00:{number}::1/16 dev {device} nodad"))?;
-        self.namespace.ip(&format!("link set {device} up"))?;
-        Ok(())
+        self.namespace.ip_all([
+            // The queue as our engine has it: others leave it at 500.
+            format!("link set {device} mtu 1412 txqueuelen 10000"),
+            format!("addr add 10.{number}.0.1/8 dev {device}"),
+            format!("addr add fd00:{number}::1/16 dev {device} nodad"),
+            format!("link set {device} up"),
+        ])
     }
 
     pub fn run_dir(&self) -> &Path {

@@ -156,6 +156,10 @@ pub(super) fn another_namespace(engines: [Engine; 2]) -> Result<()> {
     ping_from_there(&["-M", "do", "-s", "1253", "10.2.0.1"])?;
     let seen = capture.finish()?;
     ensure!(seen.largest == 1283 + 32, "{seen:?}");
+    if matches!(a.engine, Engine::Kernel) {
+        // Who configures it has to be there as well.
+        return Ok(());
+    }
     a.must_set(&format!("{}endpoint={}\n", peer_line(&b.key), b.outer(true)))?;
     ping_from_there(&["10.2.0.1"]).map(drop)
 }
