@@ -46,9 +46,10 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// This crate's engine as built for tests.
+    /// This crate's engine as built for tests; with boringtun's sessions where `WARREN_TEST_ENGINE` says so.
     pub fn warren() -> Self {
-        Self::warren_with("warren")
+        let named = std::env::var("WARREN_TEST_ENGINE");
+        Self::warren_with(named.as_deref().unwrap_or("warren"))
     }
 
     /// With the sessions of boringtun.
