@@ -43,7 +43,7 @@ pub(super) fn measure(
     ] {
         let seed = round as u64 + 1;
         let pair = Pair::impaired(name, engine, Impairment { seed, ..impairment })?;
-        measured.extend(pair.tcp(test, seconds, &["-P", streams], false)?);
+        measured.extend(pair.tcp(test, seconds, &["-P", streams], None)?);
     }
     Ok(measured)
 }

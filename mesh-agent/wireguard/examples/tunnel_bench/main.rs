@@ -224,7 +224,7 @@ fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
         .args(["--", "sleep", &seconds.to_string()])
         .spawn()
         .context("perf cannot be started; install it")?;
-    let streamed = pair.tcp("tcp_one", seconds + 1, &[], true);
+    let streamed = pair.tcp("tcp_one", seconds + 1, &[], None);
     let recorded = perf.wait()?;
     streamed?;
     ensure!(recorded.success(), "perf failed: {recorded}");
@@ -234,13 +234,18 @@ fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
 
 fn run(test: Test, pair: &Pair, round: usize, seconds: u64) -> Result<Vec<Measured>> {
     match test {
-        Test::TcpOne => pair.tcp("tcp_one", seconds, &[], true),
-        Test::TcpOneReverse => pair.tcp("tcp_one_reverse", seconds, &["-R"], false),
-        Test::TcpEight => pair.tcp("tcp_eight", seconds, &["-P", "8"], false),
-        Test::TcpBothWays => pair.tcp("tcp_both_ways", seconds, &["--bidir"], false),
+        Test::TcpOne => pair.tcp("tcp_one", seconds, &[], Some("cpu_seconds_per_gb")),
+        Test::TcpOneReverse => pair.tcp("tcp_one_reverse", seconds, &["-R"], None),
+        Test::TcpEight => pair.tcp("tcp_eight", seconds, &["-P", "8"], None),
+        Test::TcpBothWays => pair.tcp("tcp_both_ways", seconds, &["--bidir"], None),
         Test::TcpOneOffloadsOff => {
             pair.set_offloads(false)?;
-            let measured = pair.tcp("tcp_one_offloads_off", seconds, &[], false);
+            let measured = pair.tcp(
+                "tcp_one_offloads_off",
+                seconds,
+                &[],
+                Some("cpu_seconds_per_gb_offloads_off"),
+            );
             pair.set_offloads(true)?;
             measured
         }

@@ -115,7 +115,7 @@ impl Pair {
         name: &'static str,
         seconds: u64,
         options: &[&str],
-        with_cpu: bool,
+        cpu_name: Option<&'static str>,
     ) -> Result<Vec<Measured>> {
         let (cpu, others, start) = (self.cpu_seconds()?, busy_seconds()?, Instant::now());
         let end = self.iperf(seconds, options)?;
@@ -131,13 +131,8 @@ impl Pair {
         let load = (number(usage, "host_total") + number(usage, "remote_total")) / 100.0 * seconds as f64;
         let foreign = ((others - cpu - load) / elapsed).max(0.0);
         let mut measured = vec![Measured::new(name, "Gb/s", Better::More, bits / 1e9).beside(foreign)];
-        if with_cpu {
-            measured.push(Measured::new(
-                "cpu_seconds_per_gb",
-                "s/GB",
-                Better::Less,
-                cpu / gigabytes,
-            ));
+        if let Some(name) = cpu_name {
+            measured.push(Measured::new(name, "s/GB", Better::Less, cpu / gigabytes));
         }
         Ok(measured)
     }
