@@ -127,7 +127,7 @@ fn singles(buffer: &[u8], first: &Incoming, behind: &[Incoming]) -> (Run, usize)
     for next in behind {
         // As far from the one before as the second is from the first.
         let before = run.start + followers * run.layout.pitch;
-        let pitch = next.range.start.checked_sub(before).unwrap_or_default();
+        let pitch = next.range.start.saturating_sub(before);
         let follows = !next.cut
             && next.from == run.from
             && next.range.len() <= next.segment.min(run.layout.segment)
