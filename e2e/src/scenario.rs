@@ -74,8 +74,17 @@ pub fn wait_answers(from: &Pod, to: &Pod) -> Result<()> {
 pub struct Flows(Vec<crate::lab::Flow>);
 
 impl Flows {
-    /// Starts 1,000 packets a second in each family.
+    /// Starts 1,000 packets a second in each family, once the pods reach each other: before that the nodes' first
+    /// handshake may still be to come, for which an engine keeps no more than a few packets.
     pub fn start(from: &Pod, to: &Pod) -> Result<Self> {
+        wait_until(
+            PATIENCE,
+            &format!("{} answers {} by UDP", to.name(), from.name()),
+            || {
+                let mut addresses = to.addresses().iter();
+                addresses.try_for_each(|address| answers_as(from, Protocol::Udp, *address, 64, to.name()))
+            },
+        )?;
         let flows = to.addresses().iter().map(|address| from.flow(*address, 1000));
         Ok(Self(flows.collect::<Result<_>>()?))
     }

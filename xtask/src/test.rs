@@ -11,6 +11,7 @@ use crate::{
     command::{cargo, command, output, run as execute},
     deps, generate, paths,
     setup::{self, Group},
+    vm,
 };
 
 /// Arguments of `test`.
@@ -22,8 +23,8 @@ pub(crate) struct Arguments {
     /// Name the steps and run none.
     #[arg(long)]
     list: bool,
-    /// Test programs that run at the same time. Most of their time they wait.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    /// Test programs that run at the same time, at most one of them with a cluster. Most of their time they wait.
+    #[arg(long, value_name = "N", default_value_t = 2)]
     at_once: usize,
 }
 
@@ -97,6 +98,12 @@ const STEPS: &[Step] = &[
         about: "the chart lints, wrong values are refused",
         needs: &[Group::Kubernetes],
         work: Work::Check(chart),
+    },
+    Step {
+        name: "vm",
+        about: "the kernel's WireGuard, in a virtual machine: with the userspace engine, changes under traffic",
+        needs: &[Group::Base, Group::Bpf, Group::Vm],
+        work: Work::Check(|| one(vm::short())),
     },
     Step {
         name: "unit",

@@ -29,7 +29,7 @@ var (
 	every      = flag.Int("every", 1, "only every `n`th of the chosen cases")
 	mode       = flag.String("mode", "", "probe by service-name, service-ip or pod-ip; as the case says if empty")
 	wait       = flag.Int("wait", 1, "`seconds` between a change and the probe")
-	retries    = flag.Int("retries", 1, "how often a probe that differs is repeated")
+	retries    = flag.Int("retries", 4, "how often a probe that differs is repeated")
 	report     = flag.String("json", "", "write a summary to this `file`")
 	list       = flag.Bool("list", false, "only say which cases there are")
 )

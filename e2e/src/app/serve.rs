@@ -164,6 +164,8 @@ struct Tracker {
 impl Tracker {
     /// Numbers beyond are no honest sender's: the table stays small.
     const LIMIT: u64 = 1 << 26;
+    /// How many runs of lost packets a report names.
+    const RUNS: usize = 8;
 
     fn arrived(&mut self, number: u64, now: Instant) {
         if number >= Self::LIMIT {
@@ -189,12 +191,34 @@ impl Tracker {
         self.last = Some(now);
     }
 
+    /// The first runs of numbers below `sent` that have not been seen: where in a flow packets were lost often says why.
+    fn lost_runs(&self, sent: u64) -> Vec<(u64, u64)> {
+        let seen = |number: u64| {
+            let word = self.seen.get((number / 64) as usize);
+            word.is_some_and(|word| word & (1 << (number % 64)) != 0)
+        };
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for number in (0..sent.min(Self::LIMIT)).filter(|number| !seen(*number)) {
+            if let Some((_, last)) = runs.last_mut()
+                && *last + 1 == number
+            {
+                *last = number;
+            } else if runs.len() < Self::RUNS {
+                runs.push((number, number));
+            } else {
+                break;
+            }
+        }
+        runs
+    }
+
     fn report(&self, sent: u64, receiver: &str) -> FlowReport {
         FlowReport {
             sent,
             refused: 0,
             received: self.received,
             lost: sent.saturating_sub(self.received),
+            lost_runs: self.lost_runs(sent),
             duplicated: self.duplicated,
             reordered: self.reordered,
             longest_gap_ms: self.longest_gap.as_millis() as u64,
@@ -219,6 +243,7 @@ mod tests {
             sent: 72,
             received: 5,
             lost: 67,
+            lost_runs: vec![(4, 69), (71, 71)],
             duplicated: 1,
             reordered: 1,
             longest_gap_ms: 8,

@@ -94,6 +94,9 @@ pub struct FlowReport {
     pub received: u64,
     /// Sent, never arrived.
     pub lost: u64,
+    /// The first runs of lost packets, each as its first and last number.
+    #[serde(default)]
+    pub lost_runs: Vec<(u64, u64)>,
     /// Arrived more than once.
     pub duplicated: u64,
     /// Arrived after a later one.

@@ -1,6 +1,7 @@
 //! What policy costs: nanoseconds per packet in the programs, goodput and requests through the lab. And what rotation and
-//! revocation of keys cost: nothing lost, and little time.
+//! revocation of keys and the ends of processes cost: nothing lost, and little time.
 
+mod life;
 mod programs;
 mod revoke;
 pub mod rotation;
@@ -12,6 +13,7 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 pub use self::{
+    life::{LifeArgs, life},
     programs::{Costs, Programs},
     revoke::{RevokeArgs, revoke},
     rotation::{RotationArgs, rotation},

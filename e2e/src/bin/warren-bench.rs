@@ -4,7 +4,9 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use warren_e2e::bench::{BpfArgs, RevokeArgs, RotationArgs, RoundsArgs, bpf, revoke, rotation, rounds};
+use warren_e2e::bench::{
+    BpfArgs, LifeArgs, RevokeArgs, RotationArgs, RoundsArgs, bpf, life, revoke, rotation, rounds,
+};
 
 /// What policy costs, and how keys rotate and go.
 #[derive(Debug, Parser)]
@@ -16,6 +18,8 @@ enum Verb {
     Rotation(RotationArgs),
     /// From a node's revocation to the last agent's removal of its keys.
     Revoke(RevokeArgs),
+    /// Agents that are killed and started again while packets flow, and tunnel processes that are killed.
+    Life(LifeArgs),
     /// The client of a measurement, inside a pod.
     #[command(hide = true)]
     Rounds(RoundsArgs),
@@ -36,6 +40,7 @@ fn run(verb: &Verb) -> Result<()> {
         Verb::Bpf(arguments) => bpf(arguments),
         Verb::Rotation(arguments) => rotation(arguments),
         Verb::Revoke(arguments) => revoke(arguments),
+        Verb::Life(arguments) => life(arguments),
         Verb::Rounds(arguments) => {
             println!("{}", rounds(arguments)?);
             Ok(())

@@ -43,6 +43,9 @@ use crate::lab::{
     wait::wait_until,
 };
 
+/// How long nodes may take to be ready.
+const NODES_READY: Duration = Duration::from_secs(120);
+
 /// What kind of cluster.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
@@ -260,24 +263,33 @@ impl Cluster {
 
     /// Waits until every node is ready.
     pub fn wait_nodes(&self) -> Result<()> {
-        self.kubectl(["wait", "--for=condition=Ready", "node", "--all", "--timeout=120s"])
-            .map(drop)
+        self.wait_ready(&["nodes"], NODES_READY)
     }
 
     /// Waits until all pods (of all namespaces) that are wanted run and are ready; lists those that are not.
     pub fn wait_pods(&self, limit: Duration) -> Result<()> {
-        wait_until(limit, "all pods are ready", || {
-            let waiting = self.unready()?;
+        self.wait_ready(&["daemonsets,deployments,pods", "-A"], limit)
+    }
+
+    /// Waits until the objects that `kubectl get` finds are ready; lists those that are not. Asks again and again, unlike
+    /// `kubectl wait`: a watch of an API server that was away may see nothing (etcd 3.4 has no progress notifications).
+    pub fn wait_ready(&self, which: &[&str], limit: Duration) -> Result<()> {
+        wait_until(limit, &format!("{} are ready", which.join(" ")), || {
+            let waiting = self.unready(which)?;
             ensure!(waiting.is_empty(), "not ready: {}", waiting.join(", "));
             Ok(())
         })
     }
 
-    /// The workloads whose pods are not all there and ready.
-    fn unready(&self) -> Result<Vec<String>> {
-        let list = self.get(["daemonsets,deployments,pods", "-A"])?;
+    /// The objects that are not ready, and the workloads whose pods are not all there and ready.
+    fn unready(&self, which: &[&str]) -> Result<Vec<String>> {
+        let found = self.get(which.iter().copied())?;
+        let objects = match found["items"].as_array() {
+            Some(list) => list.as_slice(),
+            None => std::slice::from_ref(&found),
+        };
         let mut waiting = Vec::new();
-        for object in list["items"].as_array().into_iter().flatten() {
+        for object in objects {
             let (status, metadata) = (&object["status"], &object["metadata"]);
             let is_ready = match object["kind"].as_str() {
                 Some("DaemonSet") => {

@@ -83,8 +83,7 @@ impl Scene {
     pub(crate) fn add_pod(&self, name: &str, node: &str) -> Result<AppPod> {
         self.cluster
             .apply(&[Cluster::app(name, node, &json!({"extra": name}))])?;
-        self.cluster
-            .kubectl(["wait", "--for=condition=Ready", "pod", name, "--timeout=90s"])?;
+        self.cluster.wait_ready(&["pod", name], PATIENCE)?;
         self.cluster.app_pod(name)
     }
 

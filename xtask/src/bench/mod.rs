@@ -14,8 +14,8 @@ use crate::{
 /// What can be measured.
 #[derive(Subcommand)]
 pub(crate) enum Bench {
-    /// The tunnel engine beside wireguard-go and boringtun-cli, between two namespaces: medians and ratios.
-    /// `--json FILE`, `--rounds N`, `--seconds N`, `--only TEST,...`.
+    /// The tunnel engine beside wireguard-go, boringtun-cli and gotatun-cli, between two namespaces: medians and ratios.
+    /// `--json FILE`, `--rounds N`, `--seconds N`, `--only TEST,...`, `--peers NAME,...`, `--profile FILE`.
     Tunnel(Passed),
     /// The eBPF programs: nanoseconds per packet, with few and with many rules; goodput and requests with policy on over
     /// off. `--json FILE` (established_ns, new_allowed_ns, denied_ns, ratio_16k_over_16, goodput_ratio, rr_ratio).
@@ -27,6 +27,10 @@ pub(crate) enum Bench {
     /// `--rotations N` (of the cluster, and as many of single nodes), `--json FILE` (rotations, sent, lost, duplicated,
     /// resets, plaintext_packets, power_check_plaintext_packets, seconds_p50, seconds_p99).
     Rotation(Passed),
+    /// Agents are killed and started again while packets flow, and tunnel processes are killed: nothing may be lost by the
+    /// former, nothing may be in clear. `--restarts N`, `--kills N`, `--json FILE` (agent_restarts, sent, lost, duplicated,
+    /// tunnel_gap_max_ms, plaintext_packets, ...).
+    Life(Passed),
     /// From a Node's deletion, or `warren keys revoke`, until no agent has its keys any more. `--runs N`,
     /// `--json FILE` (p99_s).
     Revoke(Passed),
@@ -38,6 +42,7 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
         Bench::Tunnel(passed) => tunnel::run(passed),
         Bench::Bpf(passed) => bpf::run(passed),
         Bench::Rotation(passed) => stand_alone("warren-bench", &passed.behind("rotation")),
+        Bench::Life(passed) => stand_alone("warren-bench", &passed.behind("life")),
         Bench::Revoke(passed) => stand_alone("warren-bench", &passed.behind("revoke")),
         Bench::Policy(passed) => in_cluster("bench-policy", Profile::Fast, passed),
     }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 pub(crate) fn run(passed: &Passed) -> Result<()> {
-    ensure(&[Group::Base, Group::Peers])?;
+    ensure(&[Group::Base, Group::Peers, Group::Bench])?;
     let mut command = cargo();
     command.args(["run", "--profile", "fast", "-p", "warren-wireguard"]);
     command.args(["--example", "tunnel_bench", "--"]);

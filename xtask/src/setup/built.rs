@@ -66,6 +66,7 @@ pub(super) fn parts() -> Result<Vec<Part>> {
         crate_tool(
             Group::Checks,
             "cargo-deny",
+            "cargo-deny",
             "0.20.2",
             "licences and sources of dependencies",
             QUICK,
@@ -73,8 +74,17 @@ pub(super) fn parts() -> Result<Vec<Part>> {
         crate_tool(
             Group::Peers,
             "boringtun-cli",
+            "boringtun-cli",
             "0.7.1",
             "a WireGuard implementation to talk to",
+            &[],
+        )?,
+        crate_tool(
+            Group::Bench,
+            "gotatun-cli",
+            "gotatun",
+            "0.10.2",
+            "a WireGuard implementation to measure against",
             &[],
         )?,
         go(
@@ -163,10 +173,11 @@ fn bpf_linker() -> Result<Part> {
     })
 }
 
-/// A tool from crates.io.
+/// A tool from crates.io, and the program that it is.
 fn crate_tool(
     group: Group,
     name: &'static str,
+    program: &str,
     version: &'static str,
     why: &'static str,
     profile: &'static [(&str, &str)],
@@ -176,7 +187,7 @@ fn crate_tool(
         group,
         name,
         why,
-        files: vec![cache.join("bin").join(name)],
+        files: vec![cache.join("bin").join(program)],
         // How it was optimised makes it no other program.
         recipe: format!("{name} {version} []"),
         build: Box::new(move || {

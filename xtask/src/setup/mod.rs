@@ -32,6 +32,8 @@ pub(crate) enum Group {
     Checks,
     /// Other WireGuard implementations to talk to: wireguard-go, boringtun-cli.
     Peers,
+    /// Implementations that are only measured against: gotatun-cli. Not by default: `cargo xtask bench tunnel` asks for it.
+    Bench,
     /// A Kubernetes control plane, kubelet, kube-proxy, CoreDNS, kubectl, helm and the lab's own helpers.
     Kubernetes,
     /// QEMU and what starts a kernel in it.
@@ -41,11 +43,12 @@ pub(crate) enum Group {
 /// Does what is missing.
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let groups = if arguments.only.is_empty() {
-        Group::value_variants()
+        let all = Group::value_variants().iter().copied();
+        all.filter(|group| *group != Group::Bench).collect()
     } else {
-        &arguments.only
+        arguments.only.clone()
     };
-    ensure(groups)
+    ensure(&groups)
 }
 
 /// Does what is missing of these groups. Says nothing when nothing is.

@@ -39,7 +39,7 @@ impl Group {
                 "rust-web-src",
                 "rustc-web",
             ],
-            Self::Checks => &[],
+            Self::Checks | Self::Bench => &[],
             Self::Peers => &["ethtool", "iperf3"],
             Self::Kubernetes => &[
                 "busybox-static",

@@ -1,4 +1,5 @@
-//! Test programs: built by cargo at once, then run a few at a time, the longest first. Most of their time they wait.
+//! Test programs: built by cargo at once, then run a few at a time, the longest first. Most of their time they wait; only a
+//! cluster of the Kubernetes lab is so large that it has no other beside it.
 
 use std::{
     collections::BTreeMap,
@@ -49,6 +50,7 @@ struct Outcome {
     name: String,
     count: Count,
     time: Duration,
+    complaints: Vec<String>,
 }
 
 /// Counts and the sum of the times of each kind.
@@ -78,6 +80,11 @@ pub(super) fn run(kinds: &[Kind], at_once: usize) -> Result<Sums> {
     println!("\nthe longest test programs:");
     for (time, name) in slowest.iter().take(8) {
         println!("{:>5} s  {name}", time.as_secs());
+    }
+    for outcome in &outcomes {
+        for complaint in &outcome.complaints {
+            println!("FAILED {}: {complaint}", outcome.name);
+        }
     }
     Ok(kinds
         .iter()
@@ -135,19 +142,28 @@ fn program(message: &str) -> Option<Program> {
             _ => place,
         },
         path,
-        arguments: &[],
+        arguments: match (directory.ends_with("mesh-agent/wireguard"), name) {
+            // Nearly all of their time they wait for each other.
+            (true, "engine") => &["--test-threads", "6"],
+            _ => &[],
+        },
         directory,
     })
 }
 
 fn run_all(programs: Vec<Program>, at_once: usize) -> Vec<Outcome> {
     let total = programs.len();
-    let waiting = Mutex::new(programs.into_iter());
+    let queue = Mutex::new(Queue {
+        waiting: programs,
+        cluster_runs: false,
+    });
     let done = Mutex::new(Vec::with_capacity(total));
     let worker = || loop {
-        let next = locked(&waiting).next();
+        // Where only clusters are left, whoever runs one goes on with the next.
+        let next = locked(&queue).next();
         let Some(program) = next else { return };
         let outcome = program.run();
+        locked(&queue).ended(program.kind);
         locked(&done).push(outcome);
     };
     thread::scope(|scope| {
@@ -156,6 +172,27 @@ fn run_all(programs: Vec<Program>, at_once: usize) -> Vec<Outcome> {
         }
     });
     done.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Programs that have not been started.
+struct Queue {
+    waiting: Vec<Program>,
+    cluster_runs: bool,
+}
+
+impl Queue {
+    /// The first that may run beside those that do.
+    fn next(&mut self) -> Option<Program> {
+        let may_run = |program: &Program| program.kind != Kind::Kubernetes || !self.cluster_runs;
+        let at = self.waiting.iter().position(may_run)?;
+        let program = self.waiting.remove(at);
+        self.cluster_runs |= program.kind == Kind::Kubernetes;
+        Some(program)
+    }
+
+    fn ended(&mut self, kind: Kind) {
+        self.cluster_runs &= kind != Kind::Kubernetes;
+    }
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
@@ -184,7 +221,7 @@ impl Program {
         let start = Instant::now();
         let (count, text) = self.printed().unwrap_or_else(|error| {
             let failed = Count { passed: 0, failed: 1 };
-            (failed, format!("{}: {error:#}\n", self.name))
+            (failed, format!("Error: {error:#}\n"))
         });
         let time = start.elapsed();
         println!("\n     Running {} ({} s)\n{text}", self.name, time.as_secs());
@@ -193,6 +230,11 @@ impl Program {
             name: self.name.clone(),
             count,
             time,
+            complaints: if count.failed > 0 {
+                complaints(&text)
+            } else {
+                Vec::new()
+            },
         }
     }
 
@@ -209,6 +251,8 @@ impl Program {
             .args(self.arguments)
             .current_dir(&self.directory)
             .env("CARGO_MANIFEST_DIR", &self.directory)
+            // Where a panic came from is worth its lines; errors say themselves what happened.
+            .env("RUST_LIB_BACKTRACE", "0")
             .stdin(Stdio::null())
             .stderr(file.try_clone()?)
             .stdout(file)
@@ -252,6 +296,33 @@ fn parse(line: &str) -> Option<Count> {
     })
 }
 
+/// What failed tests say, in short: a whole run's output is long, and this is what one looks for first.
+fn complaints(text: &str) -> Vec<String> {
+    let mut lines = text.lines().peekable();
+    let (mut test, mut found) = (String::new(), Vec::new());
+    while let Some(line) = lines.next() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let said = match words.as_slice() {
+            ["----", name, "stdout", "----"] => {
+                (*name).clone_into(&mut test);
+                None
+            }
+            // A scenario of the Kubernetes lab: what it says follows.
+            ["test", name, "...", "FAILED", _, "s)"] => {
+                (*name).clone_into(&mut test);
+                lines.peek().copied()
+            }
+            ["Error:", ..] => Some(line),
+            _ if line.contains(" panicked at ") => lines.peek().copied(),
+            _ => None,
+        };
+        if let Some(said) = said {
+            found.push(format!("{test}: {}", said.trim()));
+        }
+    }
+    found
+}
+
 /// How long programs took the last time they passed, seconds. Only decides on their order.
 #[derive(Default)]
 struct Times {
@@ -286,13 +357,54 @@ impl Times {
 mod tests {
     use serde_json::json;
 
-    use super::{Kind, parse, paths, program};
+    use super::{Kind, Program, Queue, complaints, parse, paths, program};
 
     #[test]
     fn result_lines_are_counted() {
         let count = parse("test result: FAILED. 3 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out");
         assert_eq!(count.map(|count| (count.passed, count.failed)), Some((3, 3)));
         assert!(parse("test directory::works ... ok").is_none());
+    }
+
+    #[test]
+    fn failed_tests_are_quoted() {
+        let text = "test a ... FAILED\n\n---- a stdout ----\nError: lost 3\n\n---- m::b stdout ----\n\
+                    thread 'm::b' (7) panicked at src/lib.rs:3:1:\nassertion failed\n\
+                    test c ... FAILED (9.5 s)\n  the node is away\ntest d ... ok (1.0 s)\n";
+        let expected = [
+            "a: Error: lost 3",
+            "m::b: assertion failed",
+            "c: the node is away",
+        ];
+        assert_eq!(complaints(text), expected);
+    }
+
+    #[test]
+    fn clusters_run_one_after_the_other() {
+        let program = |name: &str, kind| Program {
+            kind,
+            name: name.to_owned(),
+            path: paths::root(),
+            arguments: &[],
+            directory: paths::root(),
+        };
+        let mut queue = Queue {
+            waiting: vec![
+                program("a", Kind::Kubernetes),
+                program("b", Kind::Kubernetes),
+                program("c", Kind::Lab),
+            ],
+            cluster_runs: false,
+        };
+        let mut next = || queue.next().map(|program| program.name);
+        assert_eq!(
+            [next(), next(), next()],
+            [Some("a".into()), Some("c".into()), None]
+        );
+        queue.ended(Kind::Lab);
+        assert!(queue.next().is_none());
+        queue.ended(Kind::Kubernetes);
+        assert_eq!(queue.next().map(|program| program.name), Some("b".into()));
     }
 
     #[test]

@@ -92,6 +92,19 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// A few minutes of it, for `cargo xtask test`.
+pub(crate) fn short() -> Result<()> {
+    run(&Arguments {
+        kernels: vec!["6.12".into()],
+        only: vec![suite::SHORT.into()],
+        list: false,
+        limit: 300,
+        memory: 2048,
+        cpus: 2,
+        command: Vec::new(),
+    })
+}
+
 /// An empty directory that the guest may write to, for one run at a time.
 fn results(series: &str) -> Result<(File, PathBuf)> {
     let all = paths::target().join("vm");

@@ -15,44 +15,79 @@ use crate::{
     paths,
 };
 
-/// A step: `script` is what the guest runs, with the built programs in `$BIN`.
+/// A step: `script` is what the guest runs, with the built programs in `$BIN`; `tests` are those of [`TESTS`] among them.
 pub(super) struct Step {
     name: &'static str,
     about: &'static str,
+    tests: &'static [&'static str],
     script: &'static str,
+}
+
+/// The step that `cargo xtask test` runs.
+pub(super) const SHORT: &str = "short";
+
+/// Which kinds of ends the scenarios have.
+macro_rules! scenarios {
+    ($arguments:literal) => {
+        concat!(
+            "WARREN_SCENARIO_ENGINES=kernel,warren WARREN_TUNNEL_ENGINE=$BIN/warren-tunnel-engine $BIN/engine ",
+            $arguments
+        )
+    };
 }
 
 const STEPS: &[Step] = &[
     Step {
+        name: SHORT,
+        about: "the kernel with the userspace engine, and changes under traffic: what `cargo xtask test` runs",
+        tests: &["engine", "kernel_driver"],
+        script: concat!(
+            scenarios!("--test-threads=2 private_key::mixed roaming::mixed"),
+            " && $BIN/kernel_driver changes_under_traffic"
+        ),
+    },
+    Step {
         name: "driver",
         about: "the driver of the kernel's WireGuard: two namespaces, changes under traffic",
+        tests: &["kernel_driver"],
         script: "$BIN/kernel_driver",
+    },
+    Step {
+        name: "scenarios",
+        about: "the kernel's own scenarios: kernel with kernel, kernel with the userspace engine",
+        tests: &["engine"],
+        script: scenarios!("--test-threads=3 alike mixed"),
     },
     Step {
         name: "net",
         about: "devices, routes and rules; the probe for WireGuard",
-        script: "$BIN/routing --test-threads=1 && $BIN/driver --test-threads=1 the_kernel_driver",
+        tests: &["engine", "routing"],
+        script: "$BIN/routing --test-threads=1 && $BIN/engine --test-threads=1 the_kernel_driver",
     },
     Step {
         name: "bpf",
         about: "the eBPF programs pass this kernel's verifier and judge alike",
+        tests: &["warren_bpf"],
         script: "$BIN/warren_bpf --test-threads=2",
     },
     Step {
         name: "agent",
         about: "two agents that find the kernel's WireGuard by themselves; one is killed",
+        tests: &["two_nodes"],
         // One of them at a time, and not those that end the tunnel's process: there is none.
         script: "$BIN/two_nodes --test-threads=1 pods_talk",
     },
     Step {
         name: "demo",
-        about: "the stand-alone lab on the kernel's WireGuard: capture, an agent killed under traffic",
+        about: "the stand-alone lab on the kernel's WireGuard: capture, an agent killed under traffic, a rotation",
+        tests: &[],
         script: "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/warren-demo --json $WARREN_VM_RESULTS/demo.json",
     },
 ];
 
-/// What the demonstration starts.
+/// What the demonstration and the scenarios start.
 const PROGRAMS: &[&str] = &[
+    "warren-tunnel-engine",
     "warren-demo",
     "warren-lab-app",
     "mesh-agent",
@@ -61,29 +96,28 @@ const PROGRAMS: &[&str] = &[
     "warren-cni",
 ];
 
-/// Tests and examples: cargo's arguments, and the names of what is wanted of it.
-const TESTS: &[(&[&str], &[&str])] = &[
+/// Tests and examples, and how cargo builds them: of the whole workspace, as `cargo xtask test` does; another selection
+/// would be other features, and the dependencies once more.
+const TESTS: &[(&str, &[&str])] = &[
     (
-        &["build", "-p", "warren-wireguard", "--example", "kernel_driver"],
-        &["kernel_driver"],
+        "kernel_driver",
+        &["build", "--workspace", "--example", "kernel_driver"],
+    ),
+    ("engine", &["test", "--no-run", "--workspace", "--test", "engine"]),
+    (
+        "routing",
+        &["test", "--no-run", "--workspace", "--test", "routing"],
     ),
     (
-        &["test", "--no-run", "-p", "warren-wireguard", "--test", "driver"],
-        &["driver"],
+        "two_nodes",
+        &["test", "--no-run", "--workspace", "--test", "two_nodes"],
     ),
-    (
-        &["test", "--no-run", "-p", "warren-net", "--test", "routing"],
-        &["routing"],
-    ),
-    (
-        &["test", "--no-run", "-p", "warren-bpf", "--lib"],
-        &["warren_bpf"],
-    ),
+    ("warren_bpf", &["test", "--no-run", "--workspace", "--lib"]),
 ];
 
 pub(super) fn list() {
     for step in STEPS {
-        println!("{:<8} {}", step.name, step.about);
+        println!("{:<10} {}", step.name, step.about);
     }
 }
 
@@ -94,7 +128,11 @@ pub(super) fn chosen(names: &[String]) -> Result<Vec<&'static Step>> {
     {
         bail!("there is no step `{name}`: `cargo xtask vm --list` names them");
     }
-    let wanted = |step: &&Step| names.is_empty() || names.iter().any(|name| name == step.name);
+    // The short one is a part of the others.
+    let wanted = |step: &&Step| match names {
+        [] => step.name != SHORT,
+        names => names.iter().any(|name| name == step.name),
+    };
     Ok(STEPS.iter().filter(wanted).collect())
 }
 
@@ -107,19 +145,23 @@ pub(super) fn script(steps: &[&Step], results: &Path) -> Result<String> {
     for name in PROGRAMS {
         link(&paths::target().join("debug").join(name), &bin.join(name))?;
     }
-    for (arguments, names) in TESTS {
+    for (wanted, arguments) in TESTS {
+        if !steps.iter().any(|step| step.tests.contains(wanted)) {
+            continue;
+        }
         for (name, executable) in built(arguments)? {
-            if names.contains(&name.as_str()) {
+            if name == *wanted {
                 link(&executable, &bin.join(name))?;
             }
         }
     }
     let mut script = format!("BIN={}\nfailed=0\n", super::quoted(&[bin.display().to_string()]));
-    script += "echo \"Linux $(uname -r)\"; modprobe wireguard || exit 1\n";
+    script += "echo \"Linux $(uname -r)\"; modprobe -a wireguard tun || exit 1\n";
     for Step {
         name,
         about,
         script: work,
+        ..
     } in steps
     {
         let title = super::quoted(&[format!("=== {name}: {about}")]);
@@ -151,4 +193,29 @@ fn built(arguments: &[&str]) -> Result<Vec<(String, PathBuf)>> {
         Some((name.to_owned(), PathBuf::from(executable)))
     });
     Ok(artifacts.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{SHORT, STEPS, TESTS, chosen};
+
+    #[test]
+    fn what_a_step_runs_is_built() {
+        for step in STEPS {
+            for test in step.tests {
+                assert!(
+                    TESTS.iter().any(|(name, _)| name == test),
+                    "{}: {test}",
+                    step.name
+                );
+                assert!(step.script.contains(test), "{}: {test}", step.name);
+            }
+            for (name, _) in TESTS {
+                let runs = step.script.contains(&format!("$BIN/{name} "));
+                assert!(!runs || step.tests.contains(name), "{}: {name}", step.name);
+            }
+        }
+        assert_eq!(chosen(&[SHORT.to_owned()]).unwrap().len(), 1);
+        assert_eq!(chosen(&[]).unwrap().len(), STEPS.len() - 1);
+    }
 }

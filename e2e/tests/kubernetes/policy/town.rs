@@ -18,7 +18,7 @@ use warren_e2e::{
 use crate::scene::PATIENCE;
 
 /// How long a policy may take to be what the table says.
-const SETTLED: Duration = Duration::from_secs(20);
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// The pods and services of a scenario.
 pub(crate) struct Town<'a> {
@@ -91,15 +91,7 @@ impl<'a> Town<'a> {
         self.cluster
             .apply(&wanted.map(Workload::manifest).collect::<Vec<_>>())?;
         for namespace in self.namespaces() {
-            self.cluster.kubectl([
-                "wait",
-                "--for=condition=Ready",
-                "pod",
-                "--all",
-                "-n",
-                &namespace,
-                "--timeout=90s",
-            ])?;
+            self.cluster.wait_ready(&["pods", "-n", &namespace], PATIENCE)?;
             for pod in self.cluster.app_pods(&namespace)? {
                 self.pods.insert(pod.name.clone(), pod);
             }

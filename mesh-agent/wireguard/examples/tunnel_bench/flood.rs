@@ -41,7 +41,7 @@ pub(super) fn measure(pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
     let mut rates = Vec::new();
     for port in [PORT + 100, PORT] {
         let flood = Flood::start(pair, port);
-        let mut measured = pair.tcp("flood_share", seconds, &[], false)?;
+        let mut measured = pair.tcp("flood_share", seconds, &[], None)?;
         flood.stop()?;
         rates.push(measured.remove(0).value());
     }

@@ -6,6 +6,7 @@
 
 mod cipher;
 mod flood;
+mod impaired;
 mod latency;
 mod life;
 mod load;
@@ -46,8 +47,11 @@ struct Arguments {
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Test>,
     /// Against whom.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = [Other::WireguardGo, Other::BoringtunCli])]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 0.., default_values_t = [Other::WireguardGo, Other::BoringtunCli, Other::GotatunCli])]
     peers: Vec<Other>,
+    /// Against another build of this program, to see what a change gains.
+    #[arg(long, value_name = "FILE")]
+    against: Option<PathBuf>,
     /// Which of this project's engines is "ours".
     #[arg(long, default_value_t)]
     engine: Implementation,
@@ -74,6 +78,7 @@ enum Role {
 enum Other {
     WireguardGo,
     BoringtunCli,
+    GotatunCli,
     /// This project's engine with boringtun's sessions.
     OursBoringtun,
 }
@@ -108,6 +113,8 @@ enum Test {
     Handshakes,
     /// Throughput and handshakes in a flood of handshakes.
     Flood,
+    /// TCP through a network of 20 ms that loses datagrams.
+    Impaired,
     /// Our engine only: an upgrade and a kill under 10,000 packets a second.
     Replace,
 }
@@ -156,8 +163,16 @@ fn bench(arguments: &Arguments) -> Result<()> {
         pairs.push(match other {
             Other::WireguardGo => Pair::new("wireguard-go", &Engine::WireguardGo)?,
             Other::BoringtunCli => Pair::new("boringtun-cli", &Engine::BoringtunCli)?,
+            Other::GotatunCli => Pair::new("gotatun-cli", &Engine::GotatunCli)?,
             Other::OursBoringtun => Pair::new("ours-boringtun", &ours(Implementation::Boringtun)?)?,
         });
+    }
+    if let Some(program) = &arguments.against {
+        let words = vec!["engine".into(), arguments.engine.to_string()];
+        pairs.push(Pair::new(
+            "before",
+            &Engine::Warren(program.canonicalize()?, words),
+        )?);
     }
     if let Some(path) = &arguments.profile {
         return profile(&pairs[0], path, arguments.seconds);
@@ -173,7 +188,7 @@ fn bench(arguments: &Arguments) -> Result<()> {
                 if interrupted.load(Ordering::Relaxed) {
                     bail!("interrupted");
                 }
-                let measured = run(*test, pair, arguments.seconds)
+                let measured = run(*test, pair, round, arguments.seconds)
                     .with_context(|| format!("{} in round {}", pair.name, round + 1))?;
                 report.add(round, place, measured);
             }
@@ -209,7 +224,7 @@ fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
         .args(["--", "sleep", &seconds.to_string()])
         .spawn()
         .context("perf cannot be started; install it")?;
-    let streamed = pair.tcp("tcp_one", seconds + 1, &[], true);
+    let streamed = pair.tcp("tcp_one", seconds + 1, &[], None);
     let recorded = perf.wait()?;
     streamed?;
     ensure!(recorded.success(), "perf failed: {recorded}");
@@ -217,15 +232,20 @@ fn profile(pair: &Pair, path: &Path, seconds: u64) -> Result<()> {
     Ok(())
 }
 
-fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
+fn run(test: Test, pair: &Pair, round: usize, seconds: u64) -> Result<Vec<Measured>> {
     match test {
-        Test::TcpOne => pair.tcp("tcp_one", seconds, &[], true),
-        Test::TcpOneReverse => pair.tcp("tcp_one_reverse", seconds, &["-R"], false),
-        Test::TcpEight => pair.tcp("tcp_eight", seconds, &["-P", "8"], false),
-        Test::TcpBothWays => pair.tcp("tcp_both_ways", seconds, &["--bidir"], false),
+        Test::TcpOne => pair.tcp("tcp_one", seconds, &[], Some("cpu_seconds_per_gb")),
+        Test::TcpOneReverse => pair.tcp("tcp_one_reverse", seconds, &["-R"], None),
+        Test::TcpEight => pair.tcp("tcp_eight", seconds, &["-P", "8"], None),
+        Test::TcpBothWays => pair.tcp("tcp_both_ways", seconds, &["--bidir"], None),
         Test::TcpOneOffloadsOff => {
             pair.set_offloads(false)?;
-            let measured = pair.tcp("tcp_one_offloads_off", seconds, &[], false);
+            let measured = pair.tcp(
+                "tcp_one_offloads_off",
+                seconds,
+                &[],
+                Some("cpu_seconds_per_gb_offloads_off"),
+            );
             pair.set_offloads(true)?;
             measured
         }
@@ -238,6 +258,7 @@ fn run(test: Test, pair: &Pair, seconds: u64) -> Result<Vec<Measured>> {
         Test::Start => life::start(&pair.engine),
         Test::Handshakes => peers::handshakes(&pair.engine),
         Test::Flood => flood::measure(pair, seconds),
+        Test::Impaired => impaired::measure(pair.name, &pair.engine, round, seconds),
         Test::Replace if matches!(pair.engine, Engine::Warren(..)) => life::replace(&pair.engine),
         Test::Replace => Ok(Vec::new()),
     }

@@ -11,7 +11,11 @@ use serde_json::Value;
 
 use super::{
     report::{Better, Measured},
-    support::{Engine, Lab, Node, PORT, peer_line, run, until},
+    support::{
+        Engine, Lab, Node, PORT, peer_line,
+        relay::{Impairment, Relay},
+        run, until,
+    },
 };
 
 /// The MTU of the tunnel devices, as everybody's default is.
@@ -22,20 +26,38 @@ pub(super) struct Pair {
     pub(super) engine: Engine,
     lab: Lab,
     server: Option<Child>,
+    /// What is between the nodes.
+    relay: Option<Relay>,
 }
 
 impl Pair {
     /// Two nodes that have shaken hands.
     pub(super) fn new(name: &'static str, engine: &Engine) -> Result<Self> {
-        let lab = Lab::new([engine.clone(), engine.clone()])?;
-        let mut pair = Self {
+        let mut pair = Self::apart(name, engine)?;
+        pair.join()
+            .and_then(|()| pair.serve())
+            .with_context(|| format!("setting up {name}"))?;
+        Ok(pair)
+    }
+
+    /// Two nodes with a bad network between them.
+    pub(super) fn impaired(name: &'static str, engine: &Engine, impairment: Impairment) -> Result<Self> {
+        let mut pair = Self::apart(name, engine)?;
+        pair.relay = Some(Relay::start(&pair.lab, impairment)?);
+        Relay::mesh(&pair.lab)?;
+        pair.serve().with_context(|| format!("setting up {name}"))?;
+        Ok(pair)
+    }
+
+    /// Two nodes that know nothing of each other.
+    fn apart(name: &'static str, engine: &Engine) -> Result<Self> {
+        Ok(Self {
             name,
             engine: engine.clone(),
-            lab,
+            lab: Lab::new([engine.clone(), engine.clone()])?,
             server: None,
-        };
-        pair.join().with_context(|| format!("setting up {name}"))?;
-        Ok(pair)
+            relay: None,
+        })
     }
 
     pub(super) fn sender(&self) -> &Node {
@@ -46,7 +68,7 @@ impl Pair {
         &self.lab.nodes[1]
     }
 
-    fn join(&mut self) -> Result<()> {
+    fn join(&self) -> Result<()> {
         let (a, b) = (self.sender(), self.receiver());
         a.namespace.ip(&format!(
             "link add direct0 type veth peer name direct0 netns {}",
@@ -66,6 +88,12 @@ impl Pair {
                 other.number
             ))?;
         }
+        Ok(())
+    }
+
+    /// Shakes hands and starts the server of the measurements.
+    fn serve(&mut self) -> Result<()> {
+        let (a, b) = (self.sender(), self.receiver());
         super::support::traffic::ping(a, b.inner_v4(), 56)?;
         let mut server = Command::new("ip");
         server.args(["netns", "exec", b.namespace.name(), "iperf3", "-s"]);
@@ -87,7 +115,7 @@ impl Pair {
         name: &'static str,
         seconds: u64,
         options: &[&str],
-        with_cpu: bool,
+        cpu_name: Option<&'static str>,
     ) -> Result<Vec<Measured>> {
         let (cpu, others, start) = (self.cpu_seconds()?, busy_seconds()?, Instant::now());
         let end = self.iperf(seconds, options)?;
@@ -103,13 +131,8 @@ impl Pair {
         let load = (number(usage, "host_total") + number(usage, "remote_total")) / 100.0 * seconds as f64;
         let foreign = ((others - cpu - load) / elapsed).max(0.0);
         let mut measured = vec![Measured::new(name, "Gb/s", Better::More, bits / 1e9).beside(foreign)];
-        if with_cpu {
-            measured.push(Measured::new(
-                "cpu_seconds_per_gb",
-                "s/GB",
-                Better::Less,
-                cpu / gigabytes,
-            ));
+        if let Some(name) = cpu_name {
+            measured.push(Measured::new(name, "s/GB", Better::Less, cpu / gigabytes));
         }
         Ok(measured)
     }
@@ -209,6 +232,9 @@ impl Drop for Pair {
         if let Some(mut server) = self.server.take() {
             let _ = server.kill();
             let _ = server.wait();
+        }
+        if let Some(relay) = self.relay.take() {
+            let _ = relay.finish();
         }
     }
 }

@@ -41,6 +41,8 @@ reasons! {
     NoKey => "no-key",
     /// Outgoing: the peer's address is not known.
     NoEndpoint => "no-endpoint",
+    /// Outgoing: a datagram of this process that came back, and would come back again: it is routed into its own tunnel.
+    RoutingLoop => "routing-loop",
     /// Outgoing: too many packets wait for a handshake; the oldest is dropped.
     QueueFull => "queue-full",
     /// Outgoing: packets waited for a handshake that never came.

@@ -6,11 +6,11 @@ use super::{
     device::Device,
     drops::DropReason,
     merge::{Merger, Write},
-    mmsg::Inbox,
+    mmsg::{Inbox, Incoming},
     packet,
     peer::{self, Path, Peer},
     session::{Outcome, Receiving},
-    transport::Admission,
+    transport::{Admission, Layout},
     virtio::Kind,
 };
 
@@ -33,12 +33,12 @@ struct Work {
     scratch: Box<[u8]>,
 }
 
-/// Messages of one sender to one session, one after the other in a buffer; the last may be shorter than `segment`.
+/// Messages of one sender to one session.
 #[derive(Clone, Copy)]
 struct Run {
     start: usize,
     end: usize,
-    segment: usize,
+    layout: Layout,
     from: SocketAddr,
 }
 
@@ -59,9 +59,17 @@ impl Intake {
         self.inbox.receive(socket)?;
         let now = Instant::now();
         let (messages, buffer) = self.inbox.parts();
-        for message in messages {
+        let mut rest = messages;
+        while let [message, behind @ ..] = rest {
+            rest = behind;
             if message.cut || message.range.is_empty() {
                 device.counters.drop(DropReason::Malformed);
+                continue;
+            }
+            if message.range.len() <= message.segment {
+                let (run, followers) = singles(buffer, message, rest);
+                self.work.run(device, run, buffer, now);
+                rest = &rest[followers..];
                 continue;
             }
             let mut start = message.range.start;
@@ -69,7 +77,7 @@ impl Intake {
                 let run = Run {
                     start,
                     end: run_end(buffer, start..message.range.end, message.segment),
-                    segment: message.segment,
+                    layout: Layout::packed(message.segment),
                     from: message.from,
                 };
                 self.work.run(device, run, buffer, now);
@@ -84,10 +92,9 @@ impl Intake {
 /// Where the messages end that go to the same session as the first.
 fn run_end(buffer: &[u8], range: Range<usize>, segment: usize) -> usize {
     let first = (range.start + segment).min(range.end);
-    if buffer[range.start] != DATA || first - range.start < NAME {
+    let Some(name) = name(&buffer[range.start..first]) else {
         return first;
-    }
-    let name = &buffer[range.start..range.start + NAME];
+    };
     let mut end = first;
     while end < range.end {
         let next = (end + segment).min(range.end);
@@ -99,9 +106,51 @@ fn run_end(buffer: &[u8], range: Range<usize>, segment: usize) -> usize {
     end
 }
 
+/// What names a data message's session.
+fn name(message: &[u8]) -> Option<&[u8]> {
+    message.get(..NAME).filter(|name| name[0] == DATA)
+}
+
+/// A datagram that came alone, and how many of those behind it are of one run with it: where the kernel puts none together,
+/// those of one sender and session follow each other all the same.
+fn singles(buffer: &[u8], first: &Incoming, behind: &[Incoming]) -> (Run, usize) {
+    let mut run = Run {
+        start: first.range.start,
+        end: first.range.end,
+        layout: Layout::packed(first.range.len()),
+        from: first.from,
+    };
+    let Some(name) = name(&buffer[first.range.clone()]) else {
+        return (run, 0);
+    };
+    let mut followers = 0;
+    for next in behind {
+        // As far from the one before as the second is from the first.
+        let before = run.start + followers * run.layout.pitch;
+        let pitch = next.range.start.saturating_sub(before);
+        let follows = !next.cut
+            && next.from == run.from
+            && next.range.len() <= next.segment.min(run.layout.segment)
+            && pitch >= run.layout.segment
+            && (followers == 0 || pitch == run.layout.pitch)
+            && buffer[next.range.clone()].get(..NAME) == Some(name);
+        if !follows {
+            break;
+        }
+        let last = next.range.len() < run.layout.segment;
+        run.layout.pitch = pitch;
+        run.end = next.range.end;
+        followers += 1;
+        if last {
+            break;
+        }
+    }
+    (run, followers)
+}
+
 impl Work {
     fn run(&mut self, device: &Device, run: Run, buffer: &mut [u8], now: Instant) {
-        let count = (run.end - run.start).div_ceil(run.segment) as u64;
+        let count = run.layout.count(run.end - run.start) as u64;
         let (identity, sockets) = {
             let state = device.read();
             let Some(key) = &state.key else {
@@ -109,7 +158,7 @@ impl Work {
             };
             (Arc::clone(&key.identity), state.sockets.clone())
         };
-        let first = &buffer[run.start..(run.start + run.segment).min(run.end)];
+        let first = &buffer[run.start..(run.start + run.layout.segment).min(run.end)];
         self.opened.clear();
         let path = device.path(&sockets);
         let peer = match identity.admit(run.from, first, &mut self.scratch, now) {
@@ -149,7 +198,7 @@ impl Work {
         let messages = &mut buffer[run.start..run.end];
         peer.receive(
             messages,
-            run.segment,
+            run.layout,
             run.from,
             now,
             path,
@@ -170,7 +219,7 @@ impl Work {
         path: Path<'_>,
     ) {
         let messages = &mut buffer[run.start..run.end];
-        let outcome = session.open_all(messages, run.segment, now, &mut self.opened, |reason| {
+        let outcome = session.open_all(messages, run.layout, now, &mut self.opened, |reason| {
             path.counters.drop(reason);
         });
         if outcome.bytes == 0 {
@@ -241,5 +290,66 @@ fn deliver_one(device: &Device, write: &Write<'_>) {
         Err(_) => device
             .counters
             .drop_many(DropReason::DeviceDown, write.count as u64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Messages of these sizes with these sessions, each `pitch` bytes behind the one before.
+    fn received(pitch: usize, messages: &[(u32, usize)]) -> (Vec<u8>, Vec<Incoming>) {
+        let mut buffer = vec![0; pitch * messages.len()];
+        let list = messages.iter().enumerate().map(|(number, (session, len))| {
+            let start = number * pitch;
+            buffer[start] = DATA;
+            buffer[start + 4..start + 8].copy_from_slice(&session.to_le_bytes());
+            Incoming {
+                range: start..start + len,
+                segment: *len,
+                from: ([192, 0, 2, 1], 9).into(),
+                cut: false,
+            }
+        });
+        let list = list.collect();
+        (buffer, list)
+    }
+
+    /// How many messages follow the first, and the run's pitch.
+    fn followers(buffer: &[u8], messages: &[Incoming]) -> (usize, usize) {
+        let (run, followers) = singles(buffer, &messages[0], &messages[1..]);
+        assert_eq!(run.layout.count(run.end - run.start), 1 + followers);
+        (followers, run.layout.pitch)
+    }
+
+    #[test]
+    fn datagrams_of_one_session_follow_each_other() {
+        let (buffer, mut messages) = received(100, &[(7, 80), (7, 80), (7, 80), (7, 60), (7, 80)]);
+        assert_eq!(
+            followers(&buffer, &messages),
+            (3, 100),
+            "a shorter one is the last"
+        );
+        assert_eq!(
+            followers(&buffer, &messages[3..]),
+            (0, 60),
+            "a longer one is of the next run"
+        );
+        messages[2].from = ([192, 0, 2, 2], 9).into();
+        assert_eq!(followers(&buffer, &messages), (1, 100), "another sender");
+        messages.remove(1);
+        messages[1].from = messages[0].from;
+        assert_eq!(
+            followers(&buffer, &messages),
+            (1, 200),
+            "one between them was left out"
+        );
+        let (buffer, mut messages) = received(100, &[(7, 80), (8, 80), (7, 80)]);
+        assert_eq!(followers(&buffer, &messages), (0, 80), "another session");
+        messages.truncate(1);
+        assert_eq!(followers(&buffer, &messages), (0, 80));
+        let (mut buffer, messages) = received(100, &[(7, 80), (7, 80)]);
+        buffer[0] = 1;
+        assert_eq!(followers(&buffer, &messages), (0, 80), "no data");
     }
 }

@@ -55,7 +55,7 @@ impl Lanes {
     pub(super) fn open(
         &self,
         _messages: &mut [u8],
-        _segment: usize,
+        _layout: super::transport::Layout,
         _counters: &[u64; LANES],
     ) -> [bool; LANES] {
         match self.0 {}

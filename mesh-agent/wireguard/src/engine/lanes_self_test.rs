@@ -2,7 +2,7 @@
 
 use aws_lc_rs::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
-use super::{Kind, LANES, Lanes, OVERHEAD};
+use super::{Kind, LANES, Lanes, Layout, OVERHEAD};
 
 const KEY: [u8; 32] = *b"a key that is used for test only";
 const SIZES: [usize; 8] = [0, 1, 16, 63, 64, 257, 1420, 1436];
@@ -37,7 +37,7 @@ fn agrees(key: &LessSafeKey, lanes: &Lanes, size: usize) -> bool {
     }
     // Of one message a bit is changed.
     sealed[3 * segment + segment - 1] ^= 0x80;
-    let authentic = lanes.open(&mut sealed, segment, &counters);
+    let authentic = lanes.open(&mut sealed, Layout::packed(segment), &counters);
     let contents = |messages: &[u8]| -> Vec<Vec<u8>> {
         let messages = messages.chunks_exact(segment);
         messages.map(|message| message[16..16 + size].to_vec()).collect()

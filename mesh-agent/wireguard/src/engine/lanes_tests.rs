@@ -57,7 +57,7 @@ proptest! {
             sealed[message * segment + DATA_HEADER + at] ^= 1 << (bit % 8);
             message
         });
-        let authentic = lanes.open(&mut sealed, segment, &counters);
+        let authentic = lanes.open(&mut sealed, Layout::packed(segment), &counters);
         for (message, authentic) in authentic.into_iter().enumerate().take(count) {
             prop_assert_eq!(authentic, damaged != Some(message));
             if authentic {

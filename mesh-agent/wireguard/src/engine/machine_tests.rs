@@ -16,7 +16,7 @@ use warren_model::PrivateKey;
 use super::*;
 use crate::engine::{
     own::OwnIdentity,
-    transport::{Admission, DATA_HEADER, Identity, LARGEST_HANDSHAKE, TAG},
+    transport::{Admission, DATA_HEADER, Identity, LARGEST_HANDSHAKE, Layout, TAG},
 };
 
 /// A generator that tests can repeat: xorshift64 (Marsaglia, 2003).
@@ -115,7 +115,9 @@ impl End {
                 let (mut opened, len) = (Vec::new(), message.len());
                 let drops = &mut self.drops;
                 let outcome =
-                    session.open_all(&mut message, len, now, &mut opened, |reason| drops.push(reason));
+                    session.open_all(&mut message, Layout::packed(len), now, &mut opened, |reason| {
+                        drops.push(reason)
+                    });
                 if outcome.bytes > 0 {
                     assert!(self.machine.heard(&session, outcome.data, now));
                 }

@@ -38,6 +38,7 @@ mod lanes;
 #[cfg(not(target_arch = "x86_64"))]
 #[path = "lanes_none.rs"]
 mod lanes;
+mod loops;
 mod machine;
 mod merge;
 mod mmsg;

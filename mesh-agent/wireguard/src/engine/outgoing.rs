@@ -9,6 +9,7 @@ use std::{ops::Range, sync::Arc, time::Instant};
 use super::{
     device::Device,
     drops::DropReason,
+    loops,
     mmsg::{MOST_BYTES, MOST_SEGMENTS, Outgoing},
     packet,
     peer::{self, Peer},
@@ -87,6 +88,14 @@ impl Outbox {
                 .counters
                 .drop_many(DropReason::NoPeer, split.count() as u64);
         };
+        if let Some(to) = loops::own(split.first())
+            && let Some(by) = peer.endpoint()
+            && loops::closes_a_circle(to, (by.ip(), by.port()), Instant::now())
+        {
+            return device
+                .counters
+                .drop_many(DropReason::RoutingLoop, split.count() as u64);
+        }
         let mtu = device.mtu();
         for number in 0..split.count() {
             let len = split.len(number);

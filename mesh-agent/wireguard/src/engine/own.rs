@@ -71,8 +71,9 @@ pub(super) struct Index {
 impl OwnIdentity {
     pub(super) fn new(private: &PrivateKey) -> Self {
         let random: Random = Box::new(|out| {
-            // The system's generator fails only where there is none, and without one nothing may go on.
-            let filled = aws_lc_rs::rand::fill(out);
+            // The system's generator fails only where there is none, and without one nothing may go on. The cipher library's
+            // gathers noise for its own first, a tenth of a second of CPU time: too long before the first handshake.
+            let filled = getrandom::fill(out);
             assert!(filled.is_ok(), "no random numbers");
         });
         Self::with(private, (Instant::now(), SystemTime::now()), random)

@@ -16,7 +16,7 @@ use warren_model::PublicKey;
 use super::{
     drops::{Counters, DropReason},
     session::Receiving,
-    transport::{DATA_HEADER, Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, TAG, Tick, Transport},
+    transport::{DATA_HEADER, Identity, LARGEST_HANDSHAKE, Layout, OVERHEAD, Opened, TAG, Tick, Transport},
     udp::Sockets,
 };
 use crate::uapi::PresharedKey;
@@ -144,6 +144,11 @@ impl Peer {
             received: self.received.load(Ordering::Relaxed),
             sent: self.sent.load(Ordering::Relaxed),
         }
+    }
+
+    /// Where the peer is.
+    pub(super) fn endpoint(&self) -> Option<SocketAddr> {
+        self.lock().endpoint
     }
 
     /// Changes settings. Whether the peer's handshake should begin anew, since it may now be answered.
@@ -282,8 +287,7 @@ impl Peer {
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Takes messages of the network: of `segment` bytes (the last may be shorter), one after the other. Adds to `opened`
-    /// where in `messages` the packets are.
+    /// Takes messages of the network. Adds to `opened` where in `messages` the packets are.
     #[expect(
         clippy::too_many_arguments,
         reason = "a thread's buffers, and where the messages are from"
@@ -291,7 +295,7 @@ impl Peer {
     pub(super) fn receive(
         &self,
         messages: &mut [u8],
-        segment: usize,
+        layout: Layout,
         from: SocketAddr,
         now: Instant,
         path: Path<'_>,
@@ -299,10 +303,9 @@ impl Peer {
         opened: &mut Vec<Range<usize>>,
     ) {
         let inner = &mut *self.lock();
-        let (mut start, mut authentic) = (0, 0);
-        for message in messages.chunks_mut(segment) {
+        let mut authentic = 0;
+        for (start, message) in layout.each(messages) {
             let (at, len) = (start + DATA_HEADER, message.len());
-            start += len;
             match Self::open(inner, message, now, out) {
                 Err(reason) => path.counters.drop(reason),
                 Ok(Opened::Cookie) => {}

@@ -13,7 +13,7 @@ use super::{
     drops::DropReason,
     image::{Damaged, Reader, Writer},
     lanes::{Kind, LANES, Lanes},
-    transport::{DATA_HEADER, OVERHEAD, TAG},
+    transport::{DATA_HEADER, Layout, OVERHEAD, TAG},
     window::Window,
 };
 
@@ -132,7 +132,7 @@ impl Sealing {
     /// Seals messages of `segment` bytes (the last may be shorter), one after the other. Whether all were sealed.
     pub(super) fn seal(&self, messages: &mut [u8], segment: usize) -> bool {
         let mut counter = self.first;
-        for group in groups(messages, segment, self.sending.lanes.as_ref()) {
+        for group in groups(messages, Layout::packed(segment), self.sending.lanes.as_ref()) {
             let count = group.len() / segment;
             let sealed = match &self.sending.lanes {
                 Some(lanes) if count >= lanes.worthwhile(segment) => {
@@ -181,18 +181,18 @@ pub(super) fn sealing_alone(bytes: usize, time: Duration) -> Vec<(&'static str, 
 /// Messages in groups that are done at once: as many as there are lanes, all of full size; or one.
 fn groups<'a>(
     messages: &'a mut [u8],
-    segment: usize,
+    layout: Layout,
     lanes: Option<&Lanes>,
 ) -> impl Iterator<Item = &'a mut [u8]> {
     let mut rest = messages;
+    let Layout { segment, pitch } = layout;
     // Nothing fits into no lanes.
     let (width, worthwhile) = lanes.map_or((0, 1), |lanes| (lanes.width(), lanes.worthwhile(segment)));
     std::iter::from_fn(move || {
-        let whole = (rest.len() / segment).min(width);
-        let len = match segment >= OVERHEAD && whole >= worthwhile {
-            true => whole * segment,
-            false => segment.min(rest.len()),
-        };
+        let whole = layout.whole(rest.len()).min(width);
+        let together = segment >= OVERHEAD && whole >= worthwhile;
+        let len = if together { whole * pitch } else { pitch };
+        let len = len.min(rest.len());
         let (group, behind) = std::mem::take(&mut rest).split_at_mut(len);
         rest = behind;
         (!group.is_empty()).then_some(group)
@@ -207,13 +207,13 @@ fn counter_before(messages: &[u8], content: usize) -> u64 {
 }
 
 /// The counters of messages that can be opened at once: enough, with sound headers. Others get their reasons one by one.
-fn counters(group: &[u8], segment: usize, worthwhile: usize) -> Option<[u64; LANES]> {
-    let count = group.len() / segment;
-    if segment < OVERHEAD || count < worthwhile {
+fn counters(group: &[u8], layout: Layout, worthwhile: usize) -> Option<[u64; LANES]> {
+    let count = layout.whole(group.len());
+    if layout.segment < OVERHEAD || count < worthwhile {
         return None;
     }
     let mut counters = [0; LANES];
-    for (message, counter) in group.chunks_exact(segment).zip(&mut counters) {
+    for (message, counter) in group.chunks(layout.pitch).zip(&mut counters) {
         *counter = counter_before(message, DATA_HEADER);
         if message[..4] != [TYPE_DATA, 0, 0, 0] || *counter >= REJECT_AFTER_MESSAGES {
             return None;
@@ -268,12 +268,11 @@ impl Receiving {
         Ok(DATA_HEADER..DATA_HEADER + len)
     }
 
-    /// Opens messages of `segment` bytes (the last may be shorter), one after the other. Leaves in `opened` where the
-    /// packets of new ones are; tells `dropped` of the others.
+    /// Opens messages. Leaves in `opened` where the packets of new ones are; tells `dropped` of the others.
     pub(super) fn open_all(
         &self,
         messages: &mut [u8],
-        segment: usize,
+        layout: Layout,
         now: Instant,
         opened: &mut Vec<Range<usize>>,
         mut dropped: impl FnMut(DropReason),
@@ -281,23 +280,22 @@ impl Receiving {
         let mut outcome = Outcome::default();
         let begin = opened.len();
         if now.saturating_duration_since(self.created) >= REJECT_AFTER_TIME {
-            messages
-                .chunks(segment)
-                .for_each(|_| dropped(DropReason::NoSession));
+            (0..layout.count(messages.len())).for_each(|_| dropped(DropReason::NoSession));
             return outcome;
         }
         let mut start = 0;
+        let Layout { segment, pitch } = layout;
         let worthwhile = self
             .lanes
             .as_ref()
             .map_or(usize::MAX, |lanes| lanes.worthwhile(segment));
-        for group in groups(messages, segment, self.lanes.as_ref()) {
-            match (&self.lanes, counters(group, segment, worthwhile)) {
+        for group in groups(messages, layout, self.lanes.as_ref()) {
+            match (&self.lanes, counters(group, layout, worthwhile)) {
                 (Some(lanes), Some(counters)) => {
-                    let authentic = lanes.open(group, segment, &counters);
-                    let count = group.len() / segment;
+                    let authentic = lanes.open(group, layout, &counters);
+                    let count = layout.whole(group.len());
                     for (number, authentic) in authentic.into_iter().enumerate().take(count) {
-                        let begin = start + number * segment;
+                        let begin = start + number * pitch;
                         match authentic {
                             true => opened.push(begin + DATA_HEADER..begin + segment - TAG),
                             false => dropped(DropReason::NotAuthentic),
@@ -305,13 +303,12 @@ impl Receiving {
                     }
                 }
                 _ => {
-                    let mut begin = start;
-                    for message in group.chunks_mut(segment) {
+                    for (at, message) in layout.each(group) {
+                        let begin = start + at;
                         match self.open(message) {
                             Ok(range) => opened.push(begin + range.start..begin + range.end),
                             Err(reason) => dropped(reason),
                         }
-                        begin += message.len();
                     }
                 }
             }
@@ -362,9 +359,13 @@ mod tests {
         now: Instant,
     ) -> (Vec<Vec<u8>>, Vec<DropReason>, Outcome) {
         let (mut messages, mut opened, mut drops) = (messages.to_vec(), Vec::new(), Vec::new());
-        let outcome = receiving.open_all(&mut messages, segment, now, &mut opened, |reason| {
-            drops.push(reason)
-        });
+        let outcome = receiving.open_all(
+            &mut messages,
+            Layout::packed(segment),
+            now,
+            &mut opened,
+            |reason| drops.push(reason),
+        );
         let packets = opened
             .iter()
             .map(|range| messages[range.clone()].to_vec())

@@ -99,6 +99,11 @@ impl<'a> Split<'a> {
         })
     }
 
+    /// What was handed over: the headers of the first packet, and more.
+    pub(super) fn first(&self) -> &'a [u8] {
+        self.packet
+    }
+
     /// How many packets there are.
     pub(super) fn count(&self) -> usize {
         self.count

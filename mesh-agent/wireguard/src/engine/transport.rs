@@ -26,6 +26,45 @@ pub(super) const OVERHEAD: usize = DATA_HEADER + TAG;
 /// Bytes of a handshake initiation, the largest message that is not data.
 pub(super) const LARGEST_HANDSHAKE: usize = 148;
 
+/// How messages lie in a buffer, the first at its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Layout {
+    /// Bytes of each; the last may have fewer.
+    pub(super) segment: usize,
+    /// Bytes from the beginning of one to that of the next, at least `segment`.
+    pub(super) pitch: usize,
+}
+
+impl Layout {
+    /// One after the other.
+    pub(super) fn packed(segment: usize) -> Self {
+        Self {
+            segment,
+            pitch: segment,
+        }
+    }
+
+    /// How many messages there are in a buffer that ends with the last.
+    pub(super) fn count(self, len: usize) -> usize {
+        len.div_ceil(self.pitch)
+    }
+
+    /// How many there are of full size, also where a gap follows.
+    pub(super) fn whole(self, len: usize) -> usize {
+        len.checked_sub(self.segment)
+            .map_or(0, |rest| rest / self.pitch + 1)
+    }
+
+    /// Each message, and where it begins.
+    pub(super) fn each(self, messages: &mut [u8]) -> impl Iterator<Item = (usize, &mut [u8])> {
+        let chunks = messages.chunks_mut(self.pitch).enumerate();
+        chunks.map(move |(number, chunk)| {
+            let len = chunk.len().min(self.segment);
+            (number * self.pitch, &mut chunk[..len])
+        })
+    }
+}
+
 /// A device's key: decides which messages are looked at, and makes the peers' transports.
 pub(super) trait Identity: Send + Sync {
     /// Judges a datagram before any peer is involved. Never costs more than one Diffie-Hellman operation, and

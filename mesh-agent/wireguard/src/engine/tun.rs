@@ -7,11 +7,14 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, IoSlice, Read as _, Write as _},
-    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
     os::unix::fs::OpenOptionsExt as _,
 };
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::{
+    sched::{CloneFlags, setns},
+    sys::socket::{AddressFamily, SockFlag, SockType, socket},
+};
 
 use crate::TunOffloads;
 
@@ -109,15 +112,48 @@ impl Tun {
 
     /// Packets that the kernel dropped because the engine did not read them in time, since the link was made.
     pub(super) fn overflows(&self) -> io::Result<u64> {
-        // The thread's own network namespace, wherever /sys is from.
-        let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
-        let line = table
-            .lines()
-            .filter_map(|line| line.split_once(':'))
-            .find(|(name, _)| name.trim() == self.name);
-        // Eight figures of reception, then bytes, packets, errors and drops of transmission.
-        let drops = line.and_then(|(_, figures)| figures.split_whitespace().nth(11)?.parse().ok());
-        drops.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
+        self.or_elsewhere(dropped(&self.name), dropped)
+    }
+
+    /// What was found here, or where the device is if it was moved: in another network namespace, perhaps with another
+    /// name.
+    fn or_elsewhere<T: Send>(
+        &self,
+        here: io::Result<T>,
+        ask: impl FnOnce(&str) -> io::Result<T> + Send,
+    ) -> io::Result<T> {
+        match here {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+            result => return result,
+        }
+        let (name, namespace) = (self.present_name()?, self.namespace()?);
+        // By a thread that ends there.
+        let asked = std::thread::scope(|scope| {
+            let there = scope.spawn(|| {
+                setns(namespace, CloneFlags::CLONE_NEWNET)?;
+                ask(&name)
+            });
+            there.join()
+        });
+        asked.unwrap_or_else(|_| Err(io::Error::other("the thread that asked panicked")))
+    }
+
+    fn present_name(&self) -> io::Result<String> {
+        let mut request = request(&self.name)?;
+        // SAFETY: TUNGETIFF writes one ifreq, which lives through the call.
+        check(unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
+        let name = request.ifr_name.iter().take_while(|byte| **byte != 0);
+        let name: Vec<u8> = name.map(|byte| *byte as u8).collect();
+        String::from_utf8(name).map_err(io::Error::other)
+    }
+
+    /// The network namespace that the device is in (Linux 5.6).
+    fn namespace(&self) -> io::Result<OwnedFd> {
+        // SAFETY: TUNGETDEVNETNS has no argument.
+        let number = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::TUNGETDEVNETNS) };
+        check(number)?;
+        // SAFETY: the kernel has just made this descriptor for us, and nobody else has its number.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
     }
 
     /// Reads what is one packet to the stack, up to 64 KiB, to the beginning of `buffer`; `WouldBlock` when there is none.
@@ -171,12 +207,8 @@ impl Tun {
 
     /// The link's MTU in bytes.
     pub(super) fn mtu(&self) -> io::Result<usize> {
-        let mut request = request(&self.name)?;
-        // SAFETY: SIOCGIFMTU reads and writes one ifreq, which lives through the call.
-        check(unsafe { libc::ioctl(self.inquiry.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) })?;
-        // SAFETY: SIOCGIFMTU has filled this member.
-        let mtu = unsafe { request.ifr_ifru.ifru_mtu };
-        usize::try_from(mtu).map_err(io::Error::other)
+        let here = link_mtu(&self.inquiry, &self.name);
+        self.or_elsewhere(here, |name| link_mtu(&inquiry()?, name))
     }
 }
 
@@ -189,6 +221,28 @@ impl AsFd for Tun {
 fn inquiry() -> io::Result<OwnedFd> {
     let (family, kind) = (AddressFamily::Inet, SockType::Datagram);
     Ok(socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?)
+}
+
+fn link_mtu(inquiry: &OwnedFd, name: &str) -> io::Result<usize> {
+    let mut request = request(name)?;
+    // SAFETY: SIOCGIFMTU reads and writes one ifreq, which lives through the call.
+    check(unsafe { libc::ioctl(inquiry.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) })?;
+    // SAFETY: SIOCGIFMTU has filled this member.
+    let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+    usize::try_from(mtu).map_err(io::Error::other)
+}
+
+/// What the kernel dropped of what the link should have sent.
+fn dropped(name: &str) -> io::Result<u64> {
+    // The thread's own network namespace, wherever /sys is from.
+    let table = std::fs::read_to_string("/proc/thread-self/net/dev")?;
+    let line = table
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(device, _)| device.trim() == name);
+    // Eight figures of reception, then bytes, packets, errors and drops of transmission.
+    let drops = line.and_then(|(_, figures)| figures.split_whitespace().nth(11)?.parse().ok());
+    drops.ok_or_else(|| io::Error::from_raw_os_error(libc::ENODEV))
 }
 
 /// Takes the device, creating it when absent. `EINVAL` for flags that the kernel does not know.

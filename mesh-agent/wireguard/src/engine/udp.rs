@@ -22,6 +22,7 @@ use crate::SocketOffloads;
 
 use super::{
     image::{Damaged, Reader, Writer},
+    loops::OwnPort,
     mmsg::{self, MOST_SEGMENTS, Outgoing},
     tun,
 };
@@ -75,7 +76,7 @@ pub(super) struct Sockets {
     v4: Socket,
     /// `None` where the machine has no IPv6.
     v6: Option<Socket>,
-    port: u16,
+    port: OwnPort,
     /// What [`Self::new_overflows`] has told already.
     overflows: AtomicU64,
 }
@@ -145,7 +146,7 @@ impl Sockets {
         let sockets = Self {
             v4: Socket::new(v4),
             v6,
-            port,
+            port: OwnPort::new(port),
             overflows: AtomicU64::new(0),
         };
         if fwmark != 0 {
@@ -160,7 +161,7 @@ impl Sockets {
         from: &mut Reader<'_>,
     ) -> Result<Self, Damaged> {
         Ok(Self {
-            port: from.u16()?,
+            port: OwnPort::new(from.u16()?),
             overflows: AtomicU64::new(from.u64()?),
             v4: Socket::adopt(descriptors, from)?,
             v6: from.option(|from| Socket::adopt(descriptors, from))?,
@@ -169,7 +170,7 @@ impl Sockets {
 
     /// Adds the sockets for a successor, and writes what there is to know about them.
     pub(super) fn descriptors(&self, descriptors: &mut Vec<OwnedFd>, out: &mut Writer) -> io::Result<()> {
-        out.u16(self.port);
+        out.u16(self.port());
         out.u64(self.overflows.load(Ordering::Relaxed));
         let write = |out: &mut Writer, socket: &Socket| {
             out.flag(socket.gso);
@@ -184,7 +185,7 @@ impl Sockets {
     }
 
     pub(super) fn port(&self) -> u16 {
-        self.port
+        self.port.number()
     }
 
     pub(super) fn each(&self) -> impl Iterator<Item = &Arc<UdpSocket>> {

@@ -20,7 +20,9 @@ use warren_model::{PrivateKey, PublicKey};
 
 pub mod capture;
 pub mod changes;
+pub mod relay;
 pub mod traffic;
+mod wg;
 
 /// How long a condition may take before a test gives up on it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,14 +39,17 @@ pub enum Engine {
     WireguardGo,
     /// `boringtun-cli`.
     BoringtunCli,
+    /// `gotatun-cli`: for benchmarks.
+    GotatunCli,
     /// The kernel's own, where it has one.
     Kernel,
 }
 
 impl Engine {
-    /// This crate's engine as built for tests.
+    /// This crate's engine as built for tests; with boringtun's sessions where `WARREN_TEST_ENGINE` says so.
     pub fn warren() -> Self {
-        Self::warren_with("warren")
+        let named = std::env::var("WARREN_TEST_ENGINE");
+        Self::warren_with(named.as_deref().unwrap_or("warren"))
     }
 
     /// With the sessions of boringtun.
@@ -53,9 +58,12 @@ impl Engine {
     }
 
     fn warren_with(implementation: &str) -> Self {
+        let arguments = vec![format!("--engine={implementation}")];
+        if let Some(program) = std::env::var_os("WARREN_TUNNEL_ENGINE") {
+            return Self::Warren(program.into(), arguments);
+        }
         let beside = std::env::current_exe().expect("own path");
         let debug = beside.parent().and_then(Path::parent).expect("target directory");
-        let arguments = vec![format!("--engine={implementation}")];
         Self::Warren(debug.join("warren-tunnel-engine"), arguments)
     }
 }
@@ -81,6 +89,26 @@ impl Namespace {
             "ip",
             ["-n", &self.0].into_iter().chain(arguments.split_whitespace()),
         )
+    }
+
+    /// As [`Self::ip`], for each line; one process for all.
+    fn ip_all<const N: usize>(&self, lines: [String; N]) -> Result<()> {
+        let mut child = Command::new("ip")
+            .args(["-n", &self.0, "-batch", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take().context("ip has no stdin")?;
+        { stdin }.write_all(lines.join("\n").as_bytes())?;
+        let output = child.wait_with_output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.success(),
+            "ip -n {} -batch: {lines:?}: {said}",
+            self.0
+        );
+        Ok(())
     }
 
     /// Moves the calling thread into the namespace.
@@ -172,8 +200,7 @@ impl Lab {
     pub fn new(engines: impl IntoIterator<Item = Engine>) -> Result<Self> {
         let suffix = hex::encode(random::<3>());
         let underlay = Namespace::new(format!("wgt-{suffix}-u"))?;
-        underlay.ip("link add br0 type bridge")?;
-        underlay.ip("link set br0 up")?;
+        underlay.ip_all(["link add br0 type bridge", "link set br0 up"].map(String::from))?;
         let mut lab = Self {
             nodes: Vec::new(),
             suffix,
@@ -187,14 +214,16 @@ impl Lab {
 
     fn add(&mut self, number: u8, engine: Engine) -> Result<()> {
         let namespace = Namespace::new(format!("wgt-{}-{number}", self.suffix))?;
-        self.underlay.ip(&format!(
-            "link add v{number} type veth peer name eth0 netns {}",
-            namespace.name()
-        ))?;
-        self.underlay.ip(&format!("link set v{number} master br0 up"))?;
-        namespace.ip(&format!("addr add 192.0.2.{number}/24 dev eth0"))?;
-        namespace.ip(&format!("addr add 2001:db8::{number}/64 dev eth0 nodad"))?;
-        namespace.ip("link set eth0 up")?;
+        let inside = namespace.name();
+        self.underlay.ip_all([
+            format!("link add v{number} type veth peer name eth0 netns {inside}"),
+            format!("link set v{number} master br0 up"),
+        ])?;
+        namespace.ip_all([
+            format!("addr add 192.0.2.{number}/24 dev eth0"),
+            format!("addr add 2001:db8::{number}/64 dev eth0 nodad"),
+            "link set eth0 up".into(),
+        ])?;
         let device = match engine {
             Engine::Warren(..) | Engine::Kernel => "warren0".to_owned(),
             _ => "wgtest0".to_owned(),
@@ -221,6 +250,16 @@ impl Lab {
     pub fn enter_underlay(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
         let name = self.underlay.name().to_owned();
         move || enter(&name)
+    }
+
+    /// One more namespace, with nothing in it.
+    pub fn namespace(&self, name: &str) -> Result<Namespace> {
+        Namespace::new(format!("wgt-{}-{name}", self.suffix))
+    }
+
+    /// `ip ARGUMENTS` where all that passes between the nodes is seen.
+    pub fn underlay_ip(&self, arguments: &str) -> Result<Output> {
+        self.underlay.ip(arguments)
     }
 
     /// Makes every node a peer of every other, each owning its inner prefixes. Underlay: IPv6 or IPv4.
@@ -323,6 +362,16 @@ impl Node {
                     &self.device,
                 ]);
             }
+            Engine::GotatunCli => {
+                command.arg(tool("WARREN_GOTATUN_CLI", "gotatun")?);
+                command.args([
+                    "-f",
+                    "--disable-drop-privileges",
+                    "--verbosity",
+                    "error",
+                    &self.device,
+                ]);
+            }
             Engine::Kernel => {}
         }
         command.stdin(Stdio::null());
@@ -340,15 +389,13 @@ impl Node {
     /// Addresses, MTU and routes of the tunnel device.
     pub fn configure_links(&self) -> Result<()> {
         let (number, device) = (self.number, &self.device);
-        // The queue as our engine has it: others leave it at 500.
-        self.namespace
-            .ip(&format!("link set {device} mtu 1412 txqueuelen 10000"))?;
-        self.namespace
-            .ip(&format!("addr add 10.{number}.0.1/8 dev {device}"))?;
-        self.namespace
-            .ip(&format!("addr add fd00:{number}::1/16 dev {device} nodad"))?;
-        self.namespace.ip(&format!("link set {device} up"))?;
-        Ok(())
+        self.namespace.ip_all([
+            // The queue as our engine has it: others leave it at 500.
+            format!("link set {device} mtu 1412 txqueuelen 10000"),
+            format!("addr add 10.{number}.0.1/8 dev {device}"),
+            format!("addr add fd00:{number}::1/16 dev {device} nodad"),
+            format!("link set {device} up"),
+        ])
     }
 
     pub fn run_dir(&self) -> &Path {
@@ -396,6 +443,9 @@ impl Node {
 
     /// Sends a `set=1` with these lines and returns the `errno`.
     pub fn set(&self, lines: &str) -> Result<i32> {
+        if matches!(self.engine, Engine::Kernel) {
+            return wg::set(self, lines).map(|()| 0);
+        }
         let answer = self.raw(format!("set=1\n{lines}\n").as_bytes())?;
         let number = answer
             .trim()
@@ -422,6 +472,24 @@ impl Node {
         Ok(answer)
     }
 
+    /// What `get=1` is answered with.
+    pub fn shown(&self) -> Result<String> {
+        match self.engine {
+            Engine::Kernel => wg::get(self),
+            _ => self.raw(b"get=1\n\n"),
+        }
+    }
+
+    /// Whether it is this crate's engine with boringtun's sessions.
+    pub fn is_boringtun(&self) -> bool {
+        matches!(&self.engine, Engine::Warren(_, arguments) if arguments.iter().any(|word| word.contains("boringtun")))
+    }
+
+    /// Whether it is this crate's engine.
+    pub fn is_ours(&self) -> bool {
+        matches!(self.engine, Engine::Warren(..))
+    }
+
     /// The value of the first line with this key in `get=1`.
     pub fn get(&self, key: &str) -> Result<Option<String>> {
         Ok(self.get_all(key)?.into_iter().next())
@@ -429,7 +497,7 @@ impl Node {
 
     /// The values of all lines with this key in `get=1`.
     pub fn get_all(&self, key: &str) -> Result<Vec<String>> {
-        let answer = self.raw(b"get=1\n\n")?;
+        let answer = self.shown()?;
         let values = answer
             .lines()
             .filter_map(|line| line.split_once('='))

@@ -121,11 +121,13 @@ pub fn udp_echo(from: &Node, to: &Node, address: IpAddr, bytes: usize) -> Result
     result
 }
 
-/// `ping` once a second until one answer is there.
+/// `ping` three times; one answer is enough.
 pub fn ping(from: &Node, address: IpAddr, bytes: usize) -> Result<()> {
     let (bytes, address) = (bytes.to_string(), address.to_string());
-    from.exec(&["ping", "-c", "3", "-i", "0.2", "-W", "5", "-s", &bytes, &address])
-        .map(drop)
+    from.exec(&[
+        "ping", "-c", "3", "-i", "0.02", "-W", "20", "-s", &bytes, &address,
+    ])
+    .map(drop)
 }
 
 /// What became of a flow of numbered datagrams.

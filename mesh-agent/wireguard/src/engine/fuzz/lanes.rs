@@ -4,6 +4,7 @@ use super::{
     super::{
         lanes::{Kind, LANES, Lanes},
         session::{Receiving, Sealing, Sending},
+        transport::Layout,
     },
     Features, Source,
 };
@@ -41,18 +42,34 @@ pub(super) fn run(input: &[u8], features: &mut Features) {
         together[message * segment + 16 + at] ^= 1 << (bit % 8);
         message
     });
-    let receiving = Receiving::new(&key, now).unwrap();
-    let (mut opened, mut drops) = (Vec::new(), 0);
-    receiving.open_all(&mut together, segment, now, &mut opened, |_| drops += 1);
-    assert_eq!(drops, usize::from(damaged.is_some()));
-    if size > 0 {
-        let expected = (0..count).filter(|message| Some(*message) != damaged);
-        assert_eq!(opened.len(), count - drops);
-        for (range, message) in opened.iter().zip(expected) {
-            let start = message * segment + 16;
-            assert_eq!(*range, start..start + size);
-            assert!(together[range.clone()] == plain[range.clone()]);
+    // As they are, and with gaps between them.
+    for gap in [0, 1 + usize::from(pattern[1])] {
+        let layout = Layout {
+            segment,
+            pitch: segment + gap,
+        };
+        let mut spread = vec![0xdd; (count - 1) * layout.pitch + segment];
+        for (to, from) in spread.chunks_mut(layout.pitch).zip(together.chunks(segment)) {
+            to[..segment].copy_from_slice(from);
         }
+        let receiving = Receiving::new(&key, now).unwrap();
+        let (mut opened, mut drops) = (Vec::new(), 0);
+        receiving.open_all(&mut spread, layout, now, &mut opened, |_| drops += 1);
+        assert_eq!(drops, usize::from(damaged.is_some()));
+        if size > 0 {
+            let expected = (0..count).filter(|message| Some(*message) != damaged);
+            assert_eq!(opened.len(), count - drops);
+            for (range, message) in opened.iter().zip(expected) {
+                let (start, plain_start) = (message * layout.pitch + 16, message * segment + 16);
+                assert_eq!(*range, start..start + size);
+                assert!(spread[range.clone()] == plain[plain_start..plain_start + size]);
+            }
+        }
+        let gaps = spread.chunks(layout.pitch).flat_map(|chunk| &chunk[segment..]);
+        assert!(
+            gaps.into_iter().all(|byte| *byte == 0xdd),
+            "written between messages"
+        );
     }
     features.size(1, size);
     features.note(2, count as u64);
@@ -72,7 +89,7 @@ fn every_kind(key: &[u8; 32], plain: &[u8], sealed: &[u8], segment: usize, first
             }
             lanes.seal(&mut own, segment, &counters);
             assert!(own == sealed, "{kind:?}");
-            let authentic = lanes.open(&mut own, segment, &counters);
+            let authentic = lanes.open(&mut own, Layout::packed(segment), &counters);
             assert!(
                 authentic
                     .iter()

@@ -18,7 +18,7 @@ use super::{
         image::{Reader, Writer},
         machine::Machine,
         own::OwnIdentity,
-        transport::{Admission, Identity, LARGEST_HANDSHAKE, OVERHEAD, Opened, Tick, Transport},
+        transport::{Admission, Identity, LARGEST_HANDSHAKE, Layout, OVERHEAD, Opened, Tick, Transport},
     },
     Features, Numbers, Source,
 };
@@ -201,9 +201,15 @@ impl World {
             Admission::Session(index, session) => {
                 assert_eq!(index, PEER);
                 let (mut opened, len) = (Vec::new(), message.len());
-                let outcome = session.open_all(&mut message, len, self.now, &mut opened, |reason| {
-                    features.note(1, reason as u8);
-                });
+                let outcome = session.open_all(
+                    &mut message,
+                    Layout::packed(len),
+                    self.now,
+                    &mut opened,
+                    |reason| {
+                        features.note(1, reason as u8);
+                    },
+                );
                 if outcome.bytes > 0 && end.machine.heard(&session, outcome.data, self.now) {
                     for range in opened {
                         let packet = message[range].to_vec();

@@ -1,11 +1,9 @@
 //! Traffic between two engines, each in a namespace of its own.
 
-mod support;
-
 use anyhow::{Result, ensure};
 use warren_wireguard::{EngineStats, Offloads};
 
-use support::{
+use crate::support::{
     Engine, Lab,
     traffic::{ping, tcp_echo, udp_echo},
 };

@@ -1,20 +1,18 @@
 //! The drivers behind [`WgDevice`]: the engine's must do what the fake's does.
 
-mod support;
-
 use std::{
     io,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Result, ensure};
-use nix::sys::signal::Signal;
-use support::{
-    Engine, Lab,
+use crate::support::{
+    self, Engine, Lab,
     changes::{changes, peer, settings, v4, v6},
     public,
     traffic::{ping, within},
 };
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
 use warren_wireguard::{DeviceChange, DeviceError, DeviceState, Failure, Fake, Userspace, WgDevice};
 
 #[tokio::test]

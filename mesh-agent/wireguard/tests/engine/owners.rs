@@ -1,100 +1,13 @@
 //! Who may send from which address, and that changing this disturbs nobody else.
 
-mod support;
-
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use support::{
-    Engine, Lab, Node, peer_line, public,
+use crate::support::{
+    self, Engine, Lab, peer_line, public,
     traffic::{Flow, ping, udp_echo},
-    until,
 };
+use anyhow::{Result, ensure};
 use warren_wireguard::{DeviceChange, Userspace, WgDevice as _};
-
-/// Sends 50 datagrams from `source`, an address that `from` gives itself. How many arrived.
-fn spoof(from: &Node, source: &str, to: &Node) -> Result<u64> {
-    let length = if source.contains(':') { 128 } else { 32 };
-    // One address stays and is used again.
-    let _ = from
-        .namespace
-        .ip(&format!("addr add {source}/{length} dev {} nodad", from.device));
-    let address = if source.contains(':') {
-        to.inner_v6()
-    } else {
-        to.inner_v4()
-    };
-    let flow = Flow::start_from(from, Some(source.parse()?), to, address, 500, 100)?;
-    until("50 datagrams were sent", || Ok(flow.sent() >= 50))?;
-    let figures = flow.finish()?;
-    ensure!(
-        figures.lost == 0 || figures.lost == figures.sent,
-        "some arrived: {figures:?}"
-    );
-    Ok(figures.sent - figures.lost)
-}
-
-/// Node 1 hears node 2, which owns 10.0.0.0/8, and node 3, which owns 10.3.0.0/16.
-#[test]
-fn only_the_most_specific_owner_may_send_from_an_address() -> Result<()> {
-    most_specific(Engine::warren(), Engine::warren())
-}
-
-#[test]
-fn only_the_most_specific_owner_may_send_from_an_address_with_boringtun() -> Result<()> {
-    most_specific(Engine::warren_boringtun(), Engine::warren_boringtun())
-}
-
-#[test]
-fn only_the_most_specific_owner_may_send_from_an_address_with_wireguard_go() -> Result<()> {
-    most_specific(Engine::warren(), Engine::WireguardGo)
-}
-
-fn most_specific(engine: Engine, senders: Engine) -> Result<()> {
-    let lab = Lab::new([engine, senders.clone(), senders])?;
-    lab.mesh(false)?;
-    let [receiver, wide, narrow] = &lab.nodes[..] else {
-        unreachable!()
-    };
-    receiver.must_set(&format!(
-        "{}allowed_ip=10.0.0.0/8\nallowed_ip=fd00::/16\n",
-        peer_line(&wide.key)
-    ))?;
-    for address in [receiver.inner_v4(), receiver.inner_v6()] {
-        ping(wide, address, 56)?;
-        ping(narrow, address, 56)?;
-    }
-    ensure!(receiver.drops("source-not-owned")? == 0);
-
-    ensure!(
-        spoof(wide, "10.77.0.1", receiver)? > 0,
-        "inside its own wide prefix"
-    );
-    ensure!(
-        spoof(wide, "fd00:77::1", receiver)? > 0,
-        "inside its own wide prefix"
-    );
-    for (count, source) in [(1, "10.3.0.99"), (2, "fd00:3::99")] {
-        ensure!(spoof(wide, source, receiver)? == 0, "{source} belongs to node 3");
-        let drops = receiver.drops("source-not-owned")?;
-        ensure!(drops >= count * 50, "{drops} drops were counted");
-    }
-    // Nobody owns this one.
-    let before = receiver.drops("source-not-owned")?;
-    ensure!(spoof(narrow, "10.3.0.98", receiver)? > 0);
-    receiver.must_set(&format!(
-        "{}update_only=true\nallowed_ip=-10.0.0.0/8\n",
-        peer_line(&wide.key)
-    ))?;
-    ensure!(spoof(wide, "10.77.0.1", receiver)? == 0);
-    ensure!(receiver.drops("source-not-owned")? >= before + 50);
-
-    // The prefix moves: now it is the other way round.
-    receiver.must_set(&format!("{}allowed_ip=10.3.0.0/16\n", peer_line(&wide.key)))?;
-    ensure!(spoof(wide, "10.3.0.99", receiver)? > 0);
-    ensure!(spoof(narrow, "10.3.0.98", receiver)? == 0);
-    Ok(())
-}
 
 #[test]
 fn a_prefix_that_moves_takes_its_traffic_along() -> Result<()> {

@@ -1,16 +1,14 @@
 //! The engine under `wg`, bad requests, and devices and engines that come and go.
 
-mod support;
-
 use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
-use anyhow::{Context as _, Result, ensure};
-use nix::sys::signal::Signal;
-use support::{
-    Engine, Lab, Node, PORT, peer_line, public,
+use crate::support::{
+    self, Engine, Lab, Node, PORT, peer_line, public,
     traffic::{Flow, ping, udp_echo},
     until,
 };
+use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 fn one() -> Result<Lab> {
     Lab::new([Engine::warren()])

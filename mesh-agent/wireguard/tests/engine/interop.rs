@@ -1,13 +1,11 @@
 //! With the WireGuard implementations of others. A missing one is a failure: `cargo xtask setup` installs them.
 
-mod support;
-
-use anyhow::{Result, ensure};
-use support::{
-    Engine, Lab, peer_line,
+use crate::support::{
+    self, Engine, Lab, peer_line,
     traffic::{Flow, ping, tcp_echo, udp_echo},
     until,
 };
+use anyhow::{Result, ensure};
 
 /// With a pre-shared key. Over IPv4 the first packet, and with it the handshake, comes from our end, else from theirs.
 fn interoperates(ours: Engine, other: Engine, outer_v6: bool) -> Result<()> {

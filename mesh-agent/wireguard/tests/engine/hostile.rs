@@ -1,7 +1,5 @@
 //! What an engine does with datagrams that nobody honest sends.
 
-mod support;
-
 use std::{
     collections::HashMap,
     net::{SocketAddr, UdpSocket},
@@ -13,15 +11,15 @@ use std::{
     time::Duration,
 };
 
+use crate::support::{
+    self, Engine, Lab, PORT, peer_line, public,
+    traffic::{Flow, ping, udp_echo, within},
+    until,
+};
 use anyhow::{Context as _, Result, ensure};
 use boringtun::{
     noise::{Tunn, TunnResult},
     x25519,
-};
-use support::{
-    Engine, Lab, PORT, peer_line, public,
-    traffic::{Flow, ping, udp_echo, within},
-    until,
 };
 
 /// A deterministic source of numbers: failures can be repeated.
