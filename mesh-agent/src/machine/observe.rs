@@ -1,6 +1,9 @@
 //! Reading the node.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Result;
 use tokio::time::Instant;
@@ -10,7 +13,8 @@ use warren_agent_core::{
 use warren_bpf::Role;
 use warren_wireguard::DeviceError;
 
-use super::{Machine, SLOW_CHECK, convert};
+use super::{Machine, SLOW_CHECK, convert, handshakes::Handshakes};
+use crate::clock::boot_ms;
 
 impl Machine {
     /// Reads everything that the agent owns. What cannot be read counts as absent, and is said.
@@ -53,7 +57,7 @@ impl Machine {
                 continue;
             };
             match self.wireguard.dump(&slot_device(*slot)).await {
-                Ok(found) => device.wireguard = wireguard(found),
+                Ok(found) => device.wireguard = wireguard(*slot, found, &mut self.handshakes),
                 Err(error) => anyhow::bail!("{error}"),
             }
         }
@@ -83,7 +87,7 @@ impl Machine {
                 .any(|a| a.ifindex == link.ifindex && a.role == Role::Tunnel { slot } && a.healthy);
             let address = Some(slot_address(slot)).filter(|address| link.addresses.contains(&address.addr()));
             let wireguard = match self.wireguard.dump(&link.name).await {
-                Ok(device) => wireguard(device),
+                Ok(device) => wireguard(slot, device, &mut self.handshakes),
                 Err(error) => {
                     self.faults.push(match error {
                         DeviceError::Absent(_) => {
@@ -170,6 +174,11 @@ impl Machine {
         self.firewall.clone()
     }
 
+    /// How long ago a peer's last handshake was, as of the last look.
+    pub(crate) fn handshake_age(&self, slot: u8, peer: warren_model::PublicKey) -> Option<Duration> {
+        self.handshakes.age(slot, peer, Duration::from_millis(boot_ms()))
+    }
+
     /// The name of a slot's device as it is now.
     pub(super) fn device(&self, slot: u8) -> Result<u32, String> {
         self.devices
@@ -179,13 +188,15 @@ impl Machine {
     }
 }
 
-fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
-    let now = std::time::SystemTime::now();
+fn wireguard(slot: u8, device: warren_wireguard::DeviceState, handshakes: &mut Handshakes) -> WireGuard {
+    let boot = Duration::from_millis(boot_ms());
+    let told = device
+        .peers
+        .iter()
+        .map(|peer| (peer.public_key, peer.last_handshake));
+    handshakes.look(slot, told, SystemTime::now(), boot);
     let peer = |peer: warren_wireguard::PeerState| {
-        // A clock that was set back makes a handshake one of the future: that is not old.
-        let age = peer
-            .last_handshake
-            .map(|at| now.duration_since(at).unwrap_or_default());
+        let age = handshakes.age(slot, peer.public_key, boot);
         let state = Peer {
             endpoint: peer.endpoint,
             keepalive: peer.keepalive_seconds,

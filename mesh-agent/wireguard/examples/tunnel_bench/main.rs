@@ -124,6 +124,7 @@ fn main() -> ExitCode {
             devices,
             implementation,
             linger: false,
+            clock_file: None,
         })
         .map_err(anyhow::Error::from),
         None => bench(&arguments),
