@@ -17,7 +17,12 @@ pub(crate) async fn run(target: &Target, options: &OutputOptions) -> anyhow::Res
     } else {
         Vec::new()
     };
-    let assessment = assess(&status, rotations, source::now());
+    // Nodes' clocks and this machine's may be wrong; an older keyd does not say its time.
+    let now = match status.now_unix_ms {
+        0 => source::now(),
+        keyds => keyds,
+    };
+    let assessment = assess(&status, rotations, now);
     match options.output {
         Format::Json => output::json(&assessment)?,
         Format::Text => output::print(&text(&assessment))?,

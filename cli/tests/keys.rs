@@ -9,8 +9,9 @@ use tonic::{Request, Response, Status, transport::Server};
 use warren_keyd_api::proto::{
     AbortRotationRequest, AbortRotationResponse, AuditKeysRequest, KeyHeld, KeyState, KeyStatus,
     ListKeysRequest, ListKeysResponse, NodeKeysStatus, NodePhase, Pace, PairAudit, PathAudit, PathState,
-    Revocation, RevokeKeysRequest, RevokeKeysResponse, RotateKeysRequest, RotateKeysResponse, RotationCounts,
-    RotationException, RotationNode, RotationStatus, RotationsRequest, RotationsResponse,
+    Revocation, RevokeKeysRequest, RevokeKeysResponse, RotateKeysRequest, RotateKeysResponse,
+    RotateSigningKeyRequest, RotateSigningKeyResponse, RotationCounts, RotationException, RotationNode,
+    RotationStatus, RotationsRequest, RotationsResponse, SigningKey, SigningKeysRequest, SigningKeysResponse,
     keys_server::{Keys, KeysServer},
 };
 
@@ -25,6 +26,8 @@ struct Script {
     /// Revocations in `List`, in turn; the last one stays.
     revocations: Vec<Vec<Revocation>>,
     pairs: Vec<PairAudit>,
+    /// Answers of `SigningKeys` in turn; the last one stays.
+    signing: Vec<SigningKeysResponse>,
 }
 
 fn next<T: Clone + Default>(answers: &mut Vec<T>) -> T {
@@ -40,6 +43,22 @@ struct Canned(Arc<Mutex<Script>>);
 impl Canned {
     fn script(&self) -> std::sync::MutexGuard<'_, Script> {
         self.0.lock().expect("not poisoned")
+    }
+}
+
+fn signing_key(generation: u8) -> SigningKey {
+    SigningKey {
+        generation: generation.into(),
+        public_key: vec![generation; 32],
+        made_unix_ms: 1,
+    }
+}
+
+fn signing(behind: &[&str]) -> SigningKeysResponse {
+    SigningKeysResponse {
+        keys: vec![signing_key(1), signing_key(2)],
+        behind: behind.iter().map(|name| (*name).to_owned()).collect(),
+        objects_renewed: true,
     }
 }
 
@@ -129,6 +148,24 @@ impl Keys for Canned {
             rotations: next(&mut self.script().rotations),
         }))
     }
+
+    async fn signing_keys(
+        &self,
+        _: Request<SigningKeysRequest>,
+    ) -> Result<Response<SigningKeysResponse>, Status> {
+        Ok(Response::new(next(&mut self.script().signing)))
+    }
+
+    async fn rotate_signing_key(
+        &self,
+        _: Request<RotateSigningKeyRequest>,
+    ) -> Result<Response<RotateSigningKeyResponse>, Status> {
+        Ok(Response::new(RotateSigningKeyResponse {
+            key: Some(signing_key(2)),
+            epoch: 1,
+            version: 9,
+        }))
+    }
 }
 
 /// A keyd that answers as told.
@@ -177,6 +214,30 @@ fn rotation(phase: &str, node: NodePhase) -> RotationStatus {
         completed_unix_ms: if phase == "Running" { 0 } else { 3500 },
         ..RotationStatus::default()
     }
+}
+
+#[test]
+fn a_new_signing_key_is_waited_for_until_every_agent_follows() {
+    let keyd = Keyd::new(Script {
+        signing: vec![signing(&["node1", "node2"]), signing(&["node2"]), signing(&[])],
+        ..Script::default()
+    });
+    let (code, out, _) = keyd.run(&["rotate-signing"]);
+    assert_eq!(code, 0);
+    assert!(
+        out.contains("signed with key 2") && !out.contains("node2"),
+        "{out}"
+    );
+    let keyd = Keyd::new(Script {
+        signing: vec![signing(&["node2"])],
+        ..Script::default()
+    });
+    for arguments in [&["rotate-signing", "--timeout", "1s"][..], &["signing"]] {
+        let (code, out, _) = keyd.run(arguments);
+        assert!(code == 1 && out.contains("node2"), "{out}");
+    }
+    let (code, _, _) = keyd.run(&["rotate-signing", "--timeout", "0"]);
+    assert_eq!(code, 0);
 }
 
 #[test]

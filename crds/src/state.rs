@@ -9,7 +9,7 @@ use kube::{CustomResource, KubeSchema};
 use serde::{Deserialize, Serialize};
 
 /// State of the whole mesh; one object named `warren`.
-#[derive(CustomResource, KubeSchema, Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(CustomResource, KubeSchema, Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[kube(
     group = "warren.dev",
     version = "v1alpha1",
@@ -27,8 +27,17 @@ pub struct MeshStateSpec {
     /// The newest leadership term. Every term starts with a compare-and-swap to the last one plus one, at least the
     /// Unix time in milliseconds.
     #[x_kube(validation = ("self >= oldSelf", "an epoch never goes back"))]
+    #[schemars(range(max = 253_402_300_799_999_u64))]
     pub epoch: u64,
     /// Which keyd holds that term.
     #[serde(default)]
     pub holder: String,
+    /// A time that keyd had reached, Unix milliseconds: it never signs an earlier one, whatever its clock says.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub signed_unix_ms: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }

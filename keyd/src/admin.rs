@@ -90,6 +90,7 @@ impl Admin for AdminService {
             },
         };
         response.keyd_id.clone_from(&self.keyd_id);
+        response.now_unix_ms = i64::try_from(clock::unix_ms()).unwrap_or(i64::MAX);
         response.version = env!("CARGO_PKG_VERSION").into();
         response.source = self.source.into();
         response.encryption = self.encryption;

@@ -20,6 +20,9 @@ pub(crate) enum Command {
     /// Join tokens of stand-alone mode.
     #[command(subcommand)]
     Token(Token),
+    /// The key that signs snapshots and MeshNodes.
+    #[command(subcommand)]
+    SigningKey(SigningKey),
     /// What keyd knows of the cluster.
     Status {
         /// Output format.
@@ -46,6 +49,22 @@ pub(crate) enum Token {
         /// Seconds until it expires; one hour unless given.
         #[arg(long)]
         ttl: Option<u64>,
+        /// keyd's local socket.
+        #[arg(long, default_value = DEFAULT_SOCKET)]
+        socket: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum SigningKey {
+    /// Print all of them, the oldest first; the last one signs.
+    List {
+        /// keyd's local socket.
+        #[arg(long, default_value = DEFAULT_SOCKET)]
+        socket: PathBuf,
+    },
+    /// Make a new one, which the old one vouches for. Agents follow by themselves.
+    Rotate {
         /// keyd's local socket.
         #[arg(long, default_value = DEFAULT_SOCKET)]
         socket: PathBuf,

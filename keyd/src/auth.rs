@@ -4,7 +4,7 @@ use tokio::time::Instant;
 use warren_keyd_api::tls::CertifiedNode;
 use warren_model::{NodeName, NodeUid};
 
-use crate::token_review::TokenReviews;
+use crate::{notes::About, token_review::TokenReviews};
 
 /// A proved identity.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +15,13 @@ pub(crate) struct Caller {
     pub(crate) until: Option<Instant>,
     /// (namespace, name, UID) of the agent's pod.
     pub(crate) pod: Option<(String, String, String)>,
+}
+
+impl Caller {
+    /// As what an Event is about.
+    pub(crate) fn about(&self) -> About {
+        About::Node(self.node.clone(), Some(self.uid.clone()))
+    }
 }
 
 /// How agents prove who they are.

@@ -3,9 +3,13 @@
 use std::path::Path;
 
 use anyhow::anyhow;
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_keyd_api::{
     admin,
-    proto::{CreateJoinTokenRequest, StatusRequest, StatusResponse},
+    proto::{
+        CreateJoinTokenRequest, RotateSigningKeyRequest, SigningKey, SigningKeysRequest, StatusRequest,
+        StatusResponse, keys_client::KeysClient,
+    },
     status::ClusterStatus,
 };
 
@@ -42,6 +46,37 @@ pub(crate) async fn status(output: Format, socket: &Path) -> anyhow::Result<()> 
         Format::Text => print!("{}", text(&response)),
     }
     Ok(())
+}
+
+/// Prints the signing keys.
+pub(crate) async fn signing_keys(socket: &Path) -> anyhow::Result<()> {
+    let response = keys(socket).await?.signing_keys(SigningKeysRequest {}).await;
+    let response = response.map_err(|status| anyhow!("{}", status.message()))?;
+    for key in response.into_inner().keys {
+        println!("{}", line(&key));
+    }
+    Ok(())
+}
+
+/// Has a new signing key made, and prints it.
+pub(crate) async fn rotate_signing_key(socket: &Path) -> anyhow::Result<()> {
+    let response = keys(socket)
+        .await?
+        .rotate_signing_key(RotateSigningKeyRequest {})
+        .await;
+    let response = response.map_err(|status| anyhow!("{}", status.message()))?;
+    println!("{}", line(&response.into_inner().key.unwrap_or_default()));
+    Ok(())
+}
+
+async fn keys(socket: &Path) -> anyhow::Result<KeysClient<tonic::transport::Channel>> {
+    Ok(KeysClient::new(admin::channel(socket).await?))
+}
+
+fn line(key: &SigningKey) -> String {
+    let made = k8s_openapi::jiff::Timestamp::from_millisecond(key.made_unix_ms).unwrap_or_default();
+    let public = STANDARD.encode(&key.public_key);
+    format!("{} {public} made {made:.0}", key.generation)
 }
 
 fn address(bytes: &[u8]) -> String {

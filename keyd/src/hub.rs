@@ -10,7 +10,7 @@ use warren_keyd_api::proto::{
 };
 use warren_keyd_core::{AgentEvent, Core, Event, Output, SessionId, SourceEvent};
 use warren_model::{
-    Datapath, NodeName, NodeUid,
+    Datapath, IdentityId, NodeName, NodeUid,
     policy::{PolicyError, PolicyKind, PolicyRef, Rule},
 };
 
@@ -24,11 +24,13 @@ use crate::{
     lag::Lag,
     metrics::Metrics,
     node_status::Statuses,
-    notes::Notes,
+    notes::{About, Notes},
     policy_status::{PolicyStatuses, Seen},
     publisher::{Order, SessionHandle},
     questions::{AskError, Questions, Reply},
-    rotations,
+    rotations, signing,
+    store::{Kind, Odd},
+    trust::Signing,
 };
 
 /// How many commands are taken before one version is made of them.
@@ -99,6 +101,12 @@ pub(crate) enum Command {
     Audit(Option<NodeName>, bool, oneshot::Sender<Vec<PairAudit>>),
     /// The keys of a node are void from now on, for this reason.
     Revoke(NodeName, String, oneshot::Sender<Result<Revoked, String>>),
+    /// Somebody else has written objects of ours.
+    Odd(Vec<Odd>),
+    /// Somebody wants a new signing key.
+    RotateSigningKey(signing::Request),
+    /// This key signs from now on.
+    Signing(Arc<Signing>, oneshot::Sender<signing::Announced>),
 }
 
 /// What is known of an agent beyond the directory.
@@ -134,6 +142,8 @@ pub(crate) struct Hub {
     rotation_statuses: rotations::Statuses,
     /// Revocations of this round, with who asked for them.
     revoking: Vec<Revoking>,
+    /// Who waits for the version that a new key signs.
+    announcing: Vec<oneshot::Sender<signing::Announced>>,
 }
 
 /// A node whose keys are revoked, and who is to hear of it.
@@ -148,6 +158,8 @@ pub(crate) struct Shell {
     pub(crate) keys: mpsc::UnboundedSender<key_writer::Write>,
     /// Statuses of rotations to write.
     pub(crate) rotations: mpsc::UnboundedSender<rotations::Wanted>,
+    /// Who wants a new signing key.
+    pub(crate) signing: mpsc::UnboundedSender<signing::Request>,
     /// Events on Nodes.
     pub(crate) notes: Notes,
 }
@@ -170,6 +182,7 @@ impl Hub {
             shell,
             rotation_statuses: loaded.1,
             revoking: vec![],
+            announcing: vec![],
             policy_statuses: with_statuses.then(PolicyStatuses::default),
             statuses: with_statuses.then(|| (Statuses::default(), tokio::time::Instant::now())),
             core,
@@ -202,6 +215,15 @@ impl Hub {
                     tracing::warn!(ours = self.epoch, epoch, "another keyd leads: this term is over");
                     return;
                 }
+                if let Command::Odd(found) = &command
+                    && found.iter().any(|odd| odd.kind == Kind::State)
+                {
+                    self.odd(found);
+                    tracing::warn!(
+                        "MeshState is not as this keyd has written it: this term is over, another begins"
+                    );
+                    return;
+                }
                 self.take(command);
             }
             self.answer_uid_questions();
@@ -226,6 +248,7 @@ impl Hub {
                 }
             }
             self.answer_revoked();
+            self.answer_announced();
             self.write_conditions();
             self.write_rotations();
             if let Some(pause) = self.lag.pause() {
@@ -278,7 +301,8 @@ impl Hub {
                     .filter(|agent| agent.session == Some(session))
                 {
                     agent.last_seen_unix_ms = clock::unix_ms();
-                    agent.status = Some(*status);
+                    let before = agent.status.replace(*status);
+                    self.pass_on_alarms(&node, before.as_ref());
                 }
             }
             Command::NodeUid(name, reply) => self.uid_questions.push((name, reply)),
@@ -297,6 +321,15 @@ impl Hub {
             Command::Rotations(names, reply) => drop(reply.send(self.rotations(&names))),
             Command::Audit(node, bad, reply) => drop(reply.send(self.audit(node.as_ref(), bad))),
             Command::Revoke(node, reason, reply) => self.revoke(&node, &reason, reply),
+            Command::Odd(found) => self.odd(&found),
+            // A keeper that is gone ends with the term, and drops the reply.
+            Command::RotateSigningKey(request) => drop(self.shell.signing.send(request)),
+            Command::Signing(signing, reply) => {
+                // A publisher that is gone ends this task at its next output.
+                let _ = self.orders.send(Order::Signing(signing));
+                self.core.refresh();
+                self.announcing.push(reply);
+            }
         }
     }
 
@@ -306,6 +339,36 @@ impl Hub {
                 // The asker may be gone; that is its business.
                 let _ = reply.send(self.core.node_uid(&name).cloned());
             }
+        }
+    }
+
+    /// Objects of ours are not as we wrote them.
+    fn odd(&mut self, found: &[Odd]) {
+        for odd in found {
+            let about = match odd.kind {
+                Kind::Node => self.about(&odd.name.as_str().into()),
+                Kind::Identity | Kind::State => About::Mesh,
+            };
+            self.shell.notes.alarm(about, "ObjectTampered", odd.to_string());
+            match odd.kind {
+                Kind::Node => self.core.rewrite_node(&odd.name.as_str().into()),
+                Kind::Identity => match odd.name.parse() {
+                    Ok(number) => self.core.rewrite_identity(IdentityId(number)),
+                    Err(_) => tracing::warn!("MeshIdentity {} is none of ours: delete it", odd.name),
+                },
+                // The term is over.
+                Kind::State => {}
+            }
+        }
+    }
+
+    fn answer_announced(&mut self) {
+        for reply in self.announcing.drain(..) {
+            // The asker may be gone; that is its business.
+            let _ = reply.send(signing::Announced {
+                version: self.core.version(),
+                nodes: self.core.stored_nodes(),
+            });
         }
     }
 

@@ -5,9 +5,11 @@ use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 use warren_keyd_api::proto::{
     AbortRotationRequest, AbortRotationResponse, AuditKeysRequest, ListKeysRequest, ListKeysResponse,
-    PairAudit, RevokeKeysRequest, RevokeKeysResponse, RotateKeysRequest, RotateKeysResponse,
-    RotationsRequest, RotationsResponse, keys_server::Keys,
+    NodeStatus, PairAudit, RevokeKeysRequest, RevokeKeysResponse, RotateKeysRequest, RotateKeysResponse,
+    RotateSigningKeyRequest, RotateSigningKeyResponse, RotationsRequest, RotationsResponse, SigningKey,
+    SigningKeysRequest, SigningKeysResponse, keys_server::Keys,
 };
+use warren_keyd_api::snapshot::Root;
 use warren_model::NodeName;
 
 use crate::{
@@ -60,6 +62,14 @@ impl From<Unmade> for Status {
             Unmade::Foreign(_) => Self::failed_precondition(message),
             Unmade::Store(_) => Self::unavailable(message),
         }
+    }
+}
+
+fn signing_key(root: &Root) -> SigningKey {
+    SigningKey {
+        generation: root.generation,
+        public_key: root.key.as_bytes().to_vec(),
+        made_unix_ms: root.made_unix_ms,
     }
 }
 
@@ -157,5 +167,37 @@ impl Keys for KeysService {
         let names = request.into_inner().names;
         let rotations = self.ask(|reply| hub::Command::Rotations(names, reply)).await?;
         Ok(Response::new(RotationsResponse { rotations }))
+    }
+
+    async fn signing_keys(
+        &self,
+        _request: Request<SigningKeysRequest>,
+    ) -> Result<Response<SigningKeysResponse>, Status> {
+        let report = self.ask(hub::Command::Report).await?;
+        let signing = self.service.trust.signing();
+        let pinned = |node: &NodeStatus| node.status.as_ref().map(|status| status.root_generation);
+        let behind = report
+            .nodes
+            .iter()
+            .filter(|node| pinned(node) != Some(signing.generation()));
+        let name = |node: &NodeStatus| node.node.clone().unwrap_or_default().name;
+        Ok(Response::new(SigningKeysResponse {
+            keys: signing.roots.roots().iter().map(signing_key).collect(),
+            behind: behind.map(name).collect(),
+            objects_renewed: signing.is_renewed(),
+        }))
+    }
+
+    async fn rotate_signing_key(
+        &self,
+        _request: Request<RotateSigningKeyRequest>,
+    ) -> Result<Response<RotateSigningKeyResponse>, Status> {
+        let rotated = self.ask(hub::Command::RotateSigningKey).await?;
+        let rotated = rotated.map_err(Status::unavailable)?;
+        Ok(Response::new(RotateSigningKeyResponse {
+            key: Some(signing_key(rotated.signing.newest())),
+            epoch: rotated.epoch,
+            version: rotated.version,
+        }))
     }
 }

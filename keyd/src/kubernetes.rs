@@ -1,17 +1,9 @@
 //! Wiring of `--source kubernetes`: trust in a Secret, the watches, leadership, a term after the other.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, anyhow};
-use k8s_openapi::{
-    ByteString,
-    api::core::v1::{ConfigMap, Secret},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
-use kube::{
-    Api, Client,
-    api::{Patch, PatchParams, PostParams},
-};
+use kube::Client;
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep},
@@ -33,13 +25,11 @@ use crate::{
         feed::{self, Feed},
         kubernetes,
     },
-    store::{KubeStore, MANAGER, Store, is_code},
+    store::{KubeStore, Store},
     token_review::TokenReviews,
-    trust::{Trust, TrustText},
+    trust::Trust,
 };
 
-const SECRET: &str = "warren-keyd";
-const TRUST: &str = "warren-trust";
 /// Pause after an API server that does not answer at the start.
 const START_PAUSE: Duration = Duration::from_secs(2);
 
@@ -69,6 +59,7 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
     kubernetes::watch(&client, &config.cluster_name, feed.clone());
 
     let metrics = Metrics::default();
+    let notes = Notes::to_api(client.clone(), &keyd_id, metrics.clone());
     let (role_set, role) = watch::channel(Role::Follower { leader: vec![] });
     let (ready_set, ready) = watch::channel(false);
     let terms = Terms {
@@ -80,7 +71,7 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
         feed,
         role: role_set,
         ready: ready_set,
-        notes: Notes::to_api(client.clone(), &keyd_id),
+        notes: notes.clone(),
     };
     let maker = Maker::Kubernetes(client.clone());
     let mut candidate = Candidate::new(
@@ -95,6 +86,7 @@ pub(crate) async fn run(args: Run, config: ClusterConfig) -> anyhow::Result<()> 
         config,
         trust,
         metrics,
+        notes,
         keyd_id,
     };
     let lead = async {
@@ -195,16 +187,30 @@ impl Terms {
     async fn try_begin(&self) -> anyhow::Result<(TermTasks, u64)> {
         // The fence first: what is read after it no former leader can make older.
         let epoch = self.store.begin_term(&self.keyd_id).await?;
+        let signing = {
+            let _turn = self.trust.turn().await;
+            let signing = Arc::new(self.trust.stored().await?);
+            self.trust.activate(signing.clone());
+            signing
+        };
+        self.trust.publish().await?;
         let loaded = self.store.load().await?;
         let term = publisher::Term {
             epoch,
             keyd_id: self.keyd_id.clone(),
-            trust: self.trust.clone(),
+            signing,
             store: Store::Kubernetes(self.store.clone()),
             expiry_ms: self.config.snapshot_expiry_seconds.saturating_mul(1000),
         };
         let settings = Settings::new(self.config.clone(), Mode::Kubernetes, epoch);
-        let tasks = begin_term(settings, loaded, term, &self.metrics, self.notes.clone());
+        let tasks = begin_term(
+            settings,
+            loaded,
+            term,
+            &self.trust,
+            &self.metrics,
+            self.notes.clone(),
+        );
         self.feed
             .send(Feed::Attach(tasks.hub.clone()))
             .await
@@ -216,85 +222,10 @@ impl Terms {
 /// The cluster's keys from the Secret; the first keyd makes them. Waits for the API server as long as it takes.
 async fn trust(client: &Client, namespace: &str) -> Trust {
     loop {
-        match try_trust(client, namespace).await {
+        match Trust::in_secret(client, namespace).await {
             Ok(trust) => return trust,
             Err(error) => tracing::warn!("waiting for the cluster's keys: {error:#}"),
         }
         sleep(START_PAUSE).await;
     }
-}
-
-async fn try_trust(client: &Client, namespace: &str) -> anyhow::Result<Trust> {
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    let trust = match secrets
-        .get_opt(SECRET)
-        .await
-        .context("cannot read the Secret warren-keyd")?
-    {
-        Some(secret) => from_secret(secret)?,
-        None => {
-            let trust = Trust::generate()?;
-            let created = secrets.create(&PostParams::default(), &to_secret(&trust)?).await;
-            match created {
-                Ok(_) => trust,
-                // Another replica was first.
-                Err(error) if is_code(&error, 409) => from_secret(secrets.get(SECRET).await?)?,
-                Err(error) => return Err(error).context("cannot create the Secret warren-keyd"),
-            }
-        }
-    };
-    let public = ConfigMap {
-        metadata: ObjectMeta {
-            name: Some(TRUST.into()),
-            ..ObjectMeta::default()
-        },
-        data: Some(BTreeMap::from([
-            ("ca.crt".to_owned(), trust.authority.certificate_pem()),
-            ("snapshot-root.pub".to_owned(), trust.signer.root().to_base64()),
-        ])),
-        ..ConfigMap::default()
-    };
-    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-    maps.patch(
-        TRUST,
-        &PatchParams::apply(MANAGER).force(),
-        &Patch::Apply(&public),
-    )
-    .await
-    .context("cannot write the ConfigMap warren-trust")?;
-    Ok(trust)
-}
-
-fn to_secret(trust: &Trust) -> anyhow::Result<Secret> {
-    let text = trust.to_text()?;
-    let entry = |name: &str, content: String| (name.to_owned(), ByteString(content.into_bytes()));
-    Ok(Secret {
-        metadata: ObjectMeta {
-            name: Some(SECRET.into()),
-            ..ObjectMeta::default()
-        },
-        type_: Some("Opaque".into()),
-        data: Some(BTreeMap::from([
-            entry("ca.crt", text.ca_crt),
-            entry("ca.key", text.ca_key),
-            entry("snapshot-signing.key", text.signing_key),
-        ])),
-        ..Secret::default()
-    })
-}
-
-fn from_secret(secret: Secret) -> anyhow::Result<Trust> {
-    let mut data = secret.data.unwrap_or_default();
-    let mut take = |name: &str| {
-        let bytes = data
-            .remove(name)
-            .with_context(|| format!("the Secret warren-keyd has no {name}: restore it"))?;
-        String::from_utf8(bytes.0).with_context(|| format!("{name} in the Secret warren-keyd is not text"))
-    };
-    let text = TrustText {
-        ca_crt: take("ca.crt")?,
-        ca_key: take("ca.key")?,
-        signing_key: take("snapshot-signing.key")?,
-    };
-    Trust::from_text(&text).context("the keys in the Secret warren-keyd are damaged: restore them")
 }

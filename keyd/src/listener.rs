@@ -17,7 +17,11 @@ use warren_keyd_api::{
     tls::{handshake_acceptor, server_config},
 };
 
-use crate::{clock, service::Service};
+use crate::{
+    clock,
+    notes::{About, Notes},
+    service::Service,
+};
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes at a time; more wait in the kernel's queue.
@@ -33,12 +37,12 @@ pub(crate) async fn bind(
 ) -> anyhow::Result<(SocketAddr, impl Future<Output = anyhow::Result<()>>)> {
     let authority = &service.trust.authority;
     let (chain, key) = authority.issue_server(clock::unix_ms() / 1000)?;
-    let config = server_config(authority.certificate(), chain, key)?;
+    let config = server_config(authority.certificate(), chain, key, || clock::unix_ms() / 1000)?;
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen for agents on {address} (--listen)"))?;
     let bound = listener.local_addr()?;
-    let incoming = accept(listener, config);
+    let incoming = accept(listener, config, service.notes.clone());
     let keyd = KeydServer::new(service).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let serve = async move {
         Server::builder()
@@ -54,9 +58,24 @@ pub(crate) async fn bind(
     Ok((bound, serve))
 }
 
+/// A connection that ends in the middle is none of the alarms: load balancers and probes do that.
+fn refused(notes: &Notes, error: &std::io::Error) {
+    match error
+        .get_ref()
+        .and_then(|error| error.downcast_ref::<rustls::Error>())
+    {
+        Some(error) => {
+            let message = format!("somebody who connected as an agent is refused: {error}");
+            notes.alarm(About::Mesh, "ConnectionRefused", message);
+        }
+        None => tracing::debug!("TLS handshake failed: {error}"),
+    }
+}
+
 fn accept(
     listener: TcpListener,
     config: Arc<rustls::ServerConfig>,
+    notes: Notes,
 ) -> ReceiverStream<std::io::Result<TlsStream<TcpStream>>> {
     let (ready, incoming) = mpsc::channel(64);
     let acceptor = handshake_acceptor(config);
@@ -79,13 +98,13 @@ fn accept(
                     continue;
                 }
             };
-            let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            let (acceptor, ready, notes) = (acceptor.clone(), ready.clone(), notes.clone());
             tokio::spawn(async move {
                 let _slot = slot;
                 let _ = tcp.set_nodelay(true);
                 match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
                     Ok(Ok(tls)) => drop(ready.send(Ok(tls)).await),
-                    Ok(Err(error)) => tracing::debug!("TLS handshake failed: {error}"),
+                    Ok(Err(error)) => refused(&notes, &error),
                     Err(_) => tracing::debug!("TLS handshake took too long"),
                 }
             });

@@ -9,6 +9,7 @@ mod auth;
 mod client;
 mod clock;
 mod files;
+mod guard;
 mod hub;
 mod key_writer;
 mod keys_service;
@@ -26,6 +27,7 @@ mod rotations;
 mod run;
 mod service;
 mod session;
+mod signing;
 mod source;
 mod store;
 mod token_review;
@@ -37,7 +39,7 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::args::{Cli, Command, Token};
+use crate::args::{Cli, Command, SigningKey, Token};
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -52,6 +54,8 @@ async fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(args) => run::run(*args).await,
         Command::Token(Token::Create { node, ttl, socket }) => client::create_token(node, ttl, &socket).await,
+        Command::SigningKey(SigningKey::List { socket }) => client::signing_keys(&socket).await,
+        Command::SigningKey(SigningKey::Rotate { socket }) => client::rotate_signing_key(&socket).await,
         Command::Status { output, socket } => client::status(output, &socket).await,
     };
     match done {

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use axum::{Router, http::StatusCode, routing::get};
 use prometheus_client::{
     encoding::text::encode,
-    metrics::{counter::Counter, gauge::Gauge},
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
 use tokio::{net::TcpListener, sync::watch};
@@ -18,11 +18,14 @@ use warren_keyd_core::Counters;
 /// What keyd measures. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Metrics {
+    /// By reason, which is that of the Event.
+    alarms: Family<Vec<(&'static str, String)>, Counter>,
     pub(crate) refused_authentications: Counter,
     refused_keys: Counter,
     refused_endpoints: Counter,
     refused_streams: Counter,
     refused_identities: Counter,
+    refused_claims: Counter,
     set_back: Counter,
     key_writes: Counter,
     revocations: Counter,
@@ -64,6 +67,11 @@ impl Metrics {
     pub(crate) fn registry(&self) -> Registry {
         let mut registry = Registry::with_prefix("warren_keyd");
         registry.register(
+            "alarms",
+            "What was refused, found changed or went wrong, by the reason that its Event has",
+            self.alarms.clone(),
+        );
+        registry.register(
             "refused_keys",
             "Keys that were refused",
             self.refused_keys.clone(),
@@ -87,6 +95,11 @@ impl Metrics {
             "refused_identities",
             "Pods that got no identity of their own: a quota, or no number left",
             self.refused_identities.clone(),
+        );
+        registry.register(
+            "refused_claims",
+            "Addresses and prefixes of nodes that were refused",
+            self.refused_claims.clone(),
         );
         registry.register(
             "mesh_nodes_set_back",
@@ -142,6 +155,13 @@ impl Metrics {
         registry
     }
 
+    /// Something is not as it should be.
+    pub(crate) fn alarm(&self, reason: &str) {
+        self.alarms
+            .get_or_create(&vec![("reason", reason.to_owned())])
+            .inc();
+    }
+
     /// A term begins (epoch) or ends (`None`).
     pub(crate) fn term(&self, epoch: Option<u64>) {
         self.leader.set(i64::from(epoch.is_some()));
@@ -165,6 +185,8 @@ impl Metrics {
                 .refused_identities
                 .saturating_sub(seen.refused_identities),
         );
+        self.refused_claims
+            .inc_by(counters.refused_claims.saturating_sub(seen.refused_claims));
         self.set_back
             .inc_by(counters.set_back.saturating_sub(seen.set_back));
         self.key_writes

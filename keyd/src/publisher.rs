@@ -31,7 +31,7 @@ use crate::{
     clock, hub,
     lag::Lag,
     store::{ObjectName, Store},
-    trust::Trust,
+    trust::Signing,
     wire::encode,
 };
 
@@ -55,6 +55,8 @@ pub(crate) enum Item {
 #[derive(Debug)]
 pub(crate) struct SessionHandle {
     pub(crate) uid: NodeUid,
+    /// The newest snapshot root that the agent has pinned.
+    pub(crate) root: Vec<u8>,
     pub(crate) queue: mpsc::Sender<Item>,
     /// Resolves at the other end when this is dropped: the agent is not listened to any more.
     pub(crate) _alive: oneshot::Sender<()>,
@@ -75,13 +77,15 @@ pub(crate) enum Order {
     Flush(ObjectName, oneshot::Sender<bool>),
     /// What was last seen of a node. May get lost.
     Status(NodeName, MeshNodeStatus),
+    /// This key signs from now on.
+    Signing(Arc<Signing>),
 }
 
 /// What every version is signed with.
 pub(crate) struct Term {
     pub(crate) epoch: u64,
     pub(crate) keyd_id: String,
-    pub(crate) trust: Arc<Trust>,
+    pub(crate) signing: Arc<Signing>,
     pub(crate) store: Store,
     pub(crate) expiry_ms: u64,
 }
@@ -90,7 +94,8 @@ pub(crate) struct Term {
 pub(crate) struct Publisher {
     term: Term,
     entries: EntrySet,
-    manifest: SignedManifest,
+    manifest: Manifest,
+    signed: SignedManifest,
     version: u64,
     snapshot: Option<Arc<[Update]>>,
     waiting: HashMap<SessionId, SessionHandle>,
@@ -105,7 +110,8 @@ impl Publisher {
         Self {
             term,
             entries: EntrySet::default(),
-            manifest: SignedManifest::default(),
+            manifest: Manifest::default(),
+            signed: SignedManifest::default(),
             version: 0,
             snapshot: None,
             waiting: HashMap::new(),
@@ -161,6 +167,7 @@ impl Publisher {
                         }
                     });
                 }
+                Order::Signing(signing) => self.sign_with(signing),
                 Order::Do(output) => {
                     self.write(std::mem::take(&mut writes)).await;
                     self.send(output);
@@ -306,7 +313,7 @@ impl Publisher {
         self.version = version;
         self.snapshot = None;
         let now = clock::unix_ms();
-        self.manifest = self.term.trust.signer.seal(Manifest {
+        self.manifest = Manifest {
             cluster_id: String::new(),
             epoch: self.term.epoch,
             version,
@@ -314,13 +321,14 @@ impl Publisher {
             expires_unix_ms: i64::try_from(now.saturating_add(self.term.expiry_ms)).unwrap_or(i64::MAX),
             entries: self.entries.len() as u64,
             digest: self.entries.digest_and_keep().to_vec(),
-        });
+        };
+        self.signed = self.term.signing.signer.seal(self.manifest.clone());
         let updates: Arc<[Update]> = chunks(
             (self.term.epoch, version),
             false,
             upserts,
             removes,
-            self.manifest.clone(),
+            self.signed.clone(),
         )
         .into();
         for session in self.sessions.keys().copied().collect::<Vec<_>>() {
@@ -337,6 +345,25 @@ impl Publisher {
             streams = self.sessions.len(),
             "published"
         );
+    }
+
+    /// Agents hear of a new key before they hear anything that it has signed. What those that come now catch up with, it has
+    /// signed as well.
+    fn sign_with(&mut self, signing: Arc<Signing>) {
+        self.term.signing = signing;
+        self.snapshot = None;
+        if self.version > 0 {
+            self.signed = self.term.signing.signer.seal(self.manifest.clone());
+        }
+        for session in self.sessions.keys().copied().collect::<Vec<_>>() {
+            self.queue(session, Item::Message(self.roots()));
+        }
+    }
+
+    fn roots(&self) -> KeydMessage {
+        KeydMessage {
+            body: Some(Body::Roots(self.term.signing.roots.to_proto())),
+        }
     }
 
     /// What is published now, at least one chunk.
@@ -366,10 +393,11 @@ impl Publisher {
         };
         let welcome = Welcome {
             node_uid: handle.uid.to_string(),
-            cluster_id: self.term.trust.signer.root().cluster_id(),
+            cluster_id: self.term.signing.signer.root().cluster_id(),
             epoch: self.term.epoch,
             keyd_id: self.term.keyd_id.clone(),
         };
+        let has_newest = handle.root == self.term.signing.newest().key.as_bytes();
         self.sessions.insert(session, handle);
         self.queue(
             session,
@@ -377,16 +405,19 @@ impl Publisher {
                 body: Some(Body::Welcome(welcome)),
             }),
         );
+        if !has_newest {
+            self.queue(session, Item::Message(self.roots()));
+        }
         let position = (self.term.epoch, self.version);
         let updates = match from {
             CatchUp::Snapshot => {
-                let (entries, manifest) = (&self.entries, &self.manifest);
+                let (entries, manifest) = (&self.entries, &self.signed);
                 let make = || chunks(position, true, entries.iter(), [], manifest.clone()).into();
                 self.snapshot.get_or_insert_with(make).clone()
             }
             CatchUp::Increment(change) => {
                 let (upserts, removes) = encode(&change);
-                chunks(position, false, upserts, removes, self.manifest.clone()).into()
+                chunks(position, false, upserts, removes, self.signed.clone()).into()
             }
         };
         self.queue(session, Item::Updates(updates));

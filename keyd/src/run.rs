@@ -25,11 +25,12 @@ use crate::{
     lag::Lag,
     listener,
     metrics::{self, Metrics},
-    notes::Notes,
+    notes::{About, Notes},
     policy_status,
     publisher::{self, Publisher},
     rotations::{self, Maker},
     service::{Role, Service},
+    signing::Keeper,
     source::{
         feed::{self, Feed},
         manifests::Folder,
@@ -72,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) config: ClusterConfig,
     pub(crate) trust: Arc<Trust>,
     pub(crate) metrics: Metrics,
+    pub(crate) notes: Notes,
     pub(crate) keyd_id: String,
 }
 
@@ -98,6 +100,7 @@ impl Shared {
             authenticator,
             tokens,
             metrics: self.metrics.clone(),
+            notes: self.notes.clone(),
             next_session: Arc::new(AtomicU64::new(1)),
         };
         let admin = AdminService {
@@ -133,7 +136,7 @@ impl Shared {
 /// The tasks of one leadership term; dropped, they end, and with them every stream.
 pub(crate) struct TermTasks {
     pub(crate) hub: mpsc::Sender<hub::Command>,
-    tasks: [tokio::task::JoinHandle<()>; 5],
+    tasks: [tokio::task::JoinHandle<()>; 7],
 }
 
 impl Drop for TermTasks {
@@ -149,15 +152,15 @@ pub(crate) fn begin_term(
     settings: Settings,
     loaded: Loaded,
     term: publisher::Term,
+    trust: &Arc<Trust>,
     metrics: &Metrics,
     notes: Notes,
 ) -> TermTasks {
     metrics.term(Some(term.epoch));
     for problem in &loaded.problems {
-        tracing::warn!("{problem}");
+        notes.alarm(About::Mesh, "ObjectNotBelieved", problem);
     }
     let hub_terms = (term.epoch, settings.mode == Mode::Kubernetes);
-    let core = Core::new(settings, loaded.recovered, clock::monotonic_ms());
     let (hub, commands) = mpsc::channel(HUB_QUEUE);
     let (orders, ordered) = mpsc::unbounded_channel();
     let (conditions, wanted) = mpsc::unbounded_channel();
@@ -168,7 +171,18 @@ pub(crate) fn begin_term(
     let (rotations, said) = mpsc::unbounded_channel();
     let statuses = rotations::Statuses::new(&loaded.rotations);
     let rotations_of = rotations::write(term.store.clone(), loaded.rotations, hub.downgrade(), said);
+    let (signing, wanted_signing) = mpsc::unbounded_channel();
+    let keeper = Keeper {
+        trust: trust.clone(),
+        store: term.store.clone(),
+        epoch: term.epoch,
+        hub: hub.downgrade(),
+        max_age_seconds: settings.config.signing_key_max_age_seconds,
+    };
+    let keeper = keeper.run(loaded.recovered.nodes.clone(), wanted_signing);
+    let guard = term.store.guard(hub.downgrade(), &term.keyd_id);
     let publisher = Publisher::new(term, &hub, lag.clone());
+    let core = Core::new(settings, loaded.recovered, clock::monotonic_ms());
     let index = Hub::new(
         core,
         orders,
@@ -178,6 +192,7 @@ pub(crate) fn begin_term(
             conditions,
             keys,
             rotations,
+            signing,
             notes,
         },
         lag,
@@ -191,6 +206,8 @@ pub(crate) fn begin_term(
             tokio::spawn(conditions_of),
             tokio::spawn(keys_of),
             tokio::spawn(rotations_of),
+            tokio::spawn(keeper),
+            tokio::spawn(guard),
         ],
     }
 }
@@ -206,18 +223,19 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         state.join("rotations"),
         &config.cluster_name,
     )?;
-    let trust = Arc::new(Trust::in_folder(&state)?);
+    let trust = Arc::new(Trust::in_folder(&state).await?);
     let tokens = Tokens::open(state.join("tokens.json"))?;
     let keyd_id = args.id.clone().unwrap_or_else(|| "keyd".into());
     let files = Arc::new(FileStore::open(state.join("state"), trust.clone())?);
     let epoch = files.begin_term(&keyd_id)?;
     let store = Store::Files(files);
     let metrics = Metrics::default();
+    let notes = Notes::new(metrics.clone());
     let loaded = store.load().await?;
     let term = publisher::Term {
         epoch,
         keyd_id: keyd_id.clone(),
-        trust: trust.clone(),
+        signing: trust.signing(),
         store,
         expiry_ms: config.snapshot_expiry_seconds.saturating_mul(1000),
     };
@@ -225,8 +243,9 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         Settings::new(config.clone(), Mode::StandAlone, epoch),
         loaded,
         term,
+        &trust,
         &metrics,
-        Notes::default(),
+        notes.clone(),
     );
 
     let (feed, fed) = mpsc::channel(1024);
@@ -245,6 +264,7 @@ async fn stand_alone(args: Run, config: ClusterConfig) -> anyhow::Result<()> {
         config,
         trust,
         metrics,
+        notes,
         keyd_id,
         args,
     };

@@ -7,7 +7,7 @@ use std::sync::{
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Code, Request, Response, Status, Streaming};
 use warren_keyd_api::{
     proto::{AgentMessage, EnrollRequest, EnrollResponse, KeydMessage, keyd_server::Keyd},
     tls::{CertifiedNode, certified_node},
@@ -19,6 +19,7 @@ use crate::{
     auth::Authenticator,
     clock, hub,
     metrics::Metrics,
+    notes::{About, Notes},
     session::Session,
     tokens::{TokenRefusal, Tokens},
     trust::Trust,
@@ -45,6 +46,7 @@ pub(crate) struct Service {
     /// Stand-alone mode only.
     pub(crate) tokens: Option<Arc<Mutex<Tokens>>>,
     pub(crate) metrics: Metrics,
+    pub(crate) notes: Notes,
     pub(crate) next_session: Arc<AtomicU64>,
 }
 
@@ -80,7 +82,26 @@ impl Service {
 
     fn enroll_refused(&self, status: Status, node: &NodeName) -> Status {
         self.metrics.refused_authentications.inc();
-        tracing::warn!(%node, "enrolment refused: {}", status.message());
+        match status.code() {
+            // keyd's business.
+            Code::Unavailable | Code::Internal => {
+                tracing::warn!(%node, "enrolment refused: {}", status.message());
+            }
+            _ => {
+                // Who asks has proved nothing: the name is no more than his word.
+                let name: String = node
+                    .as_str()
+                    .chars()
+                    .filter(|c| !c.is_control())
+                    .take(64)
+                    .collect();
+                let message = format!(
+                    "somebody who calls himself {name} may not enrol: {}",
+                    status.message()
+                );
+                self.notes.alarm(About::Mesh, "EnrolmentRefused", message);
+            }
+        }
         status
     }
 }
@@ -102,9 +123,10 @@ impl Keyd for Service {
         } = request.into_inner();
         let node = NodeName::from(node_name);
         let Some(tokens) = &self.tokens else {
-            return Err(Status::unimplemented(
+            let status = Status::unimplemented(
                 "this keyd runs in Kubernetes: agents authenticate with their service-account token",
-            ));
+            );
+            return Err(self.enroll_refused(status, &node));
         };
         let uid = self
             .node_uid(&node)
@@ -142,8 +164,8 @@ impl Keyd for Service {
         Ok(Response::new(EnrollResponse {
             certificate_der: issued.to_vec(),
             ca_der: self.trust.authority.certificate().to_vec(),
-            snapshot_root: self.trust.signer.root().as_bytes().to_vec(),
             not_after_unix_ms: i64::try_from(not_after.saturating_mul(1000)).unwrap_or(i64::MAX),
+            roots: Some(self.trust.signing().roots.to_proto()),
         }))
     }
 

@@ -6,7 +6,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::{sleep_until, timeout},
 };
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 use warren_keyd_api::{
     PROTOCOL,
     convert::{
@@ -26,6 +26,7 @@ use warren_model::{NodeName, PodRef, SlotKey};
 use crate::{
     auth::{Caller, Unauthenticated},
     hub::{Command, Open},
+    notes::About,
     publisher::{Item, QUEUE, SessionHandle},
     service::Service,
 };
@@ -48,13 +49,13 @@ enum End {
     /// The publisher has ended the stream; what it queued last (Goodbye) still goes out.
     Closed,
     /// What the agent sent is not gRPC of ours, or its connection broke.
-    Broken(Status),
+    Broken(Box<Caller>, Status),
     /// A sentence for the agent.
     Refused(Status),
     /// The leader is elsewhere.
     Redirect(Vec<String>),
     /// A sentence for an agent that was let in.
-    Goodbye(Goodbye),
+    Goodbye(Box<Caller>, Goodbye),
 }
 
 impl From<Unauthenticated> for End {
@@ -85,15 +86,45 @@ impl Session {
     pub(crate) async fn run(self, inbound: Streaming<AgentMessage>) {
         let last = match self.serve(inbound).await {
             End::Gone | End::Closed => return,
-            End::Broken(status) => Err(status),
+            End::Broken(node, status) => {
+                // A connection that breaks is none of these.
+                if matches!(
+                    status.code(),
+                    Code::OutOfRange | Code::ResourceExhausted | Code::InvalidArgument | Code::Internal
+                ) {
+                    let message = format!(
+                        "node {} sends what is no message: {}",
+                        node.node,
+                        status.message()
+                    );
+                    self.service.notes.alarm(node.about(), "MessageRefused", message);
+                }
+                Err(status)
+            }
             End::Refused(status) => {
                 self.service.metrics.refused_authentications.inc();
-                tracing::warn!("agent refused: {}", status.message());
+                match status.code() {
+                    // Not the agent's fault.
+                    Code::Unavailable => tracing::warn!("agent refused: {}", status.message()),
+                    _ => {
+                        let (about, reason) = (About::Mesh, "AuthenticationRefused");
+                        self.service.notes.alarm(about, reason, status.message());
+                    }
+                }
                 Err(status)
             }
             End::Redirect(addresses) => Ok(message(Body::Redirect(Redirect { addresses }))),
-            End::Goodbye(goodbye) => {
-                tracing::info!(reason = %goodbye.reason, "stream closed");
+            End::Goodbye(caller, goodbye) => {
+                match goodbye.retry {
+                    true => tracing::info!(reason = %goodbye.reason, "stream closed"),
+                    false => {
+                        let message =
+                            format!("the stream of node {} is closed: {}", caller.node, goodbye.reason);
+                        self.service
+                            .notes
+                            .alarm(caller.about(), "MessageRefused", message);
+                    }
+                }
                 Ok(message(Body::Goodbye(goodbye)))
             }
         };
@@ -102,7 +133,7 @@ impl Session {
     }
 
     async fn serve(&self, mut inbound: Streaming<AgentMessage>) -> End {
-        let hello = match timeout(HELLO_TIMEOUT, inbound.message()).await {
+        let mut hello = match timeout(HELLO_TIMEOUT, inbound.message()).await {
             Ok(Ok(Some(AgentMessage {
                 body: Some(agent_message::Body::Hello(hello)),
             }))) => hello,
@@ -144,6 +175,7 @@ impl Session {
         let (queue, queued) = mpsc::channel(QUEUE);
         let (alive, closed) = oneshot::channel();
         let session = self.service.new_session();
+        let root = std::mem::take(&mut hello.snapshot_root);
         let open = open_command(
             session,
             &caller,
@@ -151,6 +183,7 @@ impl Session {
             datapath,
             SessionHandle {
                 uid: caller.uid.clone(),
+                root,
                 queue: queue.clone(),
                 _alive: alive,
             },
@@ -253,14 +286,14 @@ impl Reader<'_> {
             let received = tokio::select! {
                 _ = &mut closed => return End::Closed,
                 () = expired => {
-                    return End::Goodbye(Goodbye { reason: "the agent's token has expired".into(), retry: true });
+                    return self.goodbye(Goodbye { reason: "the agent's token has expired".into(), retry: true });
                 }
                 received = inbound.message() => received,
             };
             let body = match received {
                 Ok(Some(AgentMessage { body: Some(body) })) => body,
                 Ok(Some(AgentMessage { body: None })) => {
-                    return End::Goodbye(Goodbye {
+                    return self.goodbye(Goodbye {
                         reason: "a message without content".into(),
                         retry: false,
                     });
@@ -268,7 +301,7 @@ impl Reader<'_> {
                 Ok(None) => return End::Gone,
                 Err(status) => {
                     tracing::debug!(node = %self.caller.node, "stream broke: {}", status.message());
-                    return End::Broken(status);
+                    return End::Broken(self.caller.clone().into(), status);
                 }
             };
             if let Some(end) = self.take(body).await {
@@ -277,12 +310,16 @@ impl Reader<'_> {
         }
     }
 
+    fn goodbye(&self, goodbye: Goodbye) -> End {
+        End::Goodbye(self.caller.clone().into(), goodbye)
+    }
+
     /// Handles one message; `Some` ends the stream.
     async fn take(&mut self, body: agent_message::Body) -> Option<End> {
         use agent_message::Body as Said;
         let session = self.session;
         match body {
-            Said::Hello(_) => Some(End::Goodbye(Goodbye {
+            Said::Hello(_) => Some(self.goodbye(Goodbye {
                 reason: "a second Hello on one stream".into(),
                 retry: false,
             })),
@@ -326,7 +363,7 @@ impl Reader<'_> {
     async fn say(&self, event: Result<AgentEvent, ConvertError>) -> Option<End> {
         match event {
             Ok(event) => self.tell(Command::Agent(event)).await,
-            Err(error) => Some(End::Goodbye(Goodbye {
+            Err(error) => Some(self.goodbye(Goodbye {
                 reason: error.to_string(),
                 retry: false,
             })),
@@ -342,7 +379,7 @@ impl Reader<'_> {
         let queue = self.queue.upgrade()?;
         let full = queue.try_send(Item::Message(message(body))).is_err();
         full.then(|| {
-            End::Goodbye(Goodbye {
+            self.goodbye(Goodbye {
                 reason: "the agent does not read its stream".into(),
                 retry: true,
             })
@@ -361,13 +398,13 @@ impl Reader<'_> {
                 self.caller.until = caller.until;
                 None
             }
-            Ok(_) => Some(End::Goodbye(Goodbye {
+            Ok(_) => Some(self.goodbye(Goodbye {
                 reason: "the token is another node's".into(),
                 retry: false,
             })),
             // The old proof still holds until it expires.
             Err(error) if error.retry => None,
-            Err(error) => Some(End::Goodbye(Goodbye {
+            Err(error) => Some(self.goodbye(Goodbye {
                 reason: error.message,
                 retry: false,
             })),
@@ -442,6 +479,11 @@ impl Reader<'_> {
                 .await
             }
             Err(error) => {
+                let node = &self.caller.node;
+                let message = format!("node {node} reports an endpoint that is none: {error}");
+                self.service
+                    .notes
+                    .alarm(self.caller.about(), "MessageRefused", message);
                 let result = EndpointResult {
                     request_id,
                     identity: 0,
@@ -466,7 +508,7 @@ impl Reader<'_> {
                 }))
                 .await
             }
-            Err(reason) => Some(End::Goodbye(Goodbye { reason, retry: false })),
+            Err(reason) => Some(self.goodbye(Goodbye { reason, retry: false })),
         }
     }
 }

@@ -19,8 +19,8 @@ const POD_NAME: &str = "authentication.kubernetes.io/pod-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 /// A review takes no longer.
 const REVIEW_TIMEOUT: Duration = Duration::from_secs(5);
-/// A token whose expiry cannot be read is asked for again after this time; no token is believed for longer than
-/// a day.
+/// A token whose expiry cannot be read, or does not fit the time that keyd has, is asked for again after this time; no token
+/// is believed for longer than a day.
 const DEFAULT_VALIDITY: Duration = Duration::from_secs(600);
 const MAX_VALIDITY: Duration = Duration::from_secs(24 * 3600);
 
@@ -116,20 +116,29 @@ fn claim(extra: &BTreeMap<String, Vec<String>>, name: &str) -> Result<String, Un
     }
 }
 
-/// How long a token that the API server believes is still good by its own expiry.
+/// How long a token is good that the API server believes now. Where its times and ours do not fit, our clock is wrong: that must
+/// neither lock the agent out nor make the token last.
 fn validity(token: &str, now_unix_ms: u64) -> Duration {
     let payload = token
         .split('.')
         .nth(1)
         .and_then(|part| URL_SAFE_NO_PAD.decode(part).ok());
     let claims = payload.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    let expiry_s = claims.and_then(|claims| claims.get("exp")?.as_u64());
-    match expiry_s {
-        Some(expiry_s) => {
-            Duration::from_millis(expiry_s.saturating_mul(1000).saturating_sub(now_unix_ms)).min(MAX_VALIDITY)
+    let time = |name: &str| Some(claims.as_ref()?.get(name)?.as_u64()?.saturating_mul(1000));
+    let (issued, expiry) = (time("iat"), time("exp"));
+    let Some(expiry) = expiry else {
+        return DEFAULT_VALIDITY;
+    };
+    // Clocks differ by some seconds.
+    let begins = issued.unwrap_or_default().saturating_sub(60_000);
+    let validity = match (begins..expiry).contains(&now_unix_ms) {
+        true => Duration::from_millis(expiry - now_unix_ms),
+        false => {
+            let lifetime = expiry.saturating_sub(issued.unwrap_or_default());
+            Duration::from_millis(lifetime).min(DEFAULT_VALIDITY)
         }
-        None => DEFAULT_VALIDITY,
-    }
+    };
+    validity.min(MAX_VALIDITY)
 }
 
 #[cfg(test)]
@@ -227,7 +236,14 @@ mod tests {
             validity(&token(json!({"exp": 1100})), 1_000_000),
             Duration::from_secs(100)
         );
-        assert_eq!(validity(&token(json!({"exp": 900})), 1_000_000), Duration::ZERO);
+        // The API server believes it, so that it is our clock that is wrong: ten years ahead, or back in 1970.
+        let hour = token(json!({"iat": 900, "exp": 4500}));
+        assert_eq!(validity(&hour, 1_000_000), Duration::from_secs(3500));
+        for wrong in [4_500_001, 320_000_000_000, 5_000] {
+            assert_eq!(validity(&hour, wrong), DEFAULT_VALIDITY, "{wrong}");
+        }
+        let short = token(json!({"iat": 900, "exp": 910}));
+        assert_eq!(validity(&short, 320_000_000_000), Duration::from_secs(10));
         assert_eq!(
             validity(&token(json!({"exp": u64::MAX})), 1_000_000),
             MAX_VALIDITY

@@ -82,7 +82,7 @@ async fn another_nodes_name_is_refused() {
     let enrolment = keyd.enroll("node2").await;
     let before = records(&honest);
     let channel = channel(&keyd.address, &enrolment).await;
-    let error = Agent::open(channel, hello("node1"), enrolment.snapshot_root)
+    let error = Agent::open(channel, hello("node1"), enrolment.root())
         .await
         .err()
         .unwrap();
@@ -341,7 +341,7 @@ async fn join_tokens_of_every_wrong_kind_are_refused() {
     assert!(refused(nobody).await.contains("does not exist"));
 
     // A bad request does not use the token up.
-    let channel = tls::connect(&keyd.address, &Trust::Pinned(ca), None)
+    let channel = tls::connect(&keyd.address, &Trust::Pinned(ca), None, None)
         .await
         .unwrap();
     let request = EnrollRequest {
@@ -366,7 +366,7 @@ async fn foreign_and_missing_certificates_are_refused() {
     let ca = *keyd.join_token("node2", 0).await.ca_sha256();
     let root = SnapshotRoot::from_bytes([1; 32]);
 
-    let anonymous = tls::connect(&keyd.address, &Trust::Pinned(ca), None)
+    let anonymous = tls::connect(&keyd.address, &Trust::Pinned(ca), None, None)
         .await
         .unwrap();
     let error = Agent::open(anonymous.clone(), hello("node1"), root)
@@ -393,7 +393,7 @@ async fn foreign_and_missing_certificates_are_refused() {
 
     // TLS 1.3 tells a client that its certificate is refused only after its handshake.
     let identity = foreign_identity("node1", &honest.uid);
-    let refused = match tls::connect(&keyd.address, &Trust::Pinned(ca), Some(&identity)).await {
+    let refused = match tls::connect(&keyd.address, &Trust::Pinned(ca), Some(&identity), None).await {
         Ok(channel) => Agent::open(channel, hello("node1"), root).await.is_err(),
         Err(_) => true,
     };
@@ -425,7 +425,7 @@ async fn certificates_die_with_their_node() {
         })
         .await;
     let channel2 = channel(&keyd.address, &enrolment).await;
-    let error = Agent::open(channel2, hello("node2"), enrolment.snapshot_root)
+    let error = Agent::open(channel2, hello("node2"), enrolment.root())
         .await
         .err()
         .unwrap();
@@ -436,7 +436,7 @@ async fn certificates_die_with_their_node() {
     keyd.status_where("two nodes", |status| status.nodes.len() == 2)
         .await;
     let channel2 = channel(&keyd.address, &enrolment).await;
-    let error = Agent::open(channel2, hello("node2"), enrolment.snapshot_root)
+    let error = Agent::open(channel2, hello("node2"), enrolment.root())
         .await
         .err()
         .unwrap();
@@ -470,7 +470,7 @@ async fn garbage_ends_only_its_own_stream() {
 
     // The wrong first message, an unknown protocol, an unknown datapath.
     let enrolment = keyd.enroll("node2").await;
-    let root = enrolment.snapshot_root;
+    let root = enrolment.root();
     let open = |hello| {
         let address = keyd.address.clone();
         let enrolment = enrolment.clone();

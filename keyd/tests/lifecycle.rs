@@ -11,7 +11,7 @@ use warren_keyd_api::{
     convert::Record,
     proof,
     proto::{Hello, keyd_message::Body as Heard},
-    snapshot::{Directory, SnapshotRoot},
+    snapshot::{Directory, RootChain},
 };
 use warren_model::IdentityId;
 
@@ -99,7 +99,7 @@ async fn a_resuming_agent_gets_only_what_it_lacks() {
     let update = loop {
         match stream.receive().await.unwrap().unwrap() {
             Heard::Update(update) => break update,
-            Heard::Welcome(_) => {}
+            Heard::Welcome(_) | Heard::Roots(_) => {}
             other => panic!("{other:?}"),
         }
     };
@@ -240,9 +240,10 @@ async fn secrets_are_0600_and_in_no_log() {
     warren_keyd_api::tls::enroll(&keyd.address, &token).await.unwrap();
     let state = keyd.dir.path().join("state");
     let key = fs::read_to_string(state.join("snapshot-signing.key")).unwrap();
+    let key: serde_json::Value = serde_json::from_str(&key).unwrap();
     for line in keyd.log() {
         assert!(
-            !line.contains(token.expose_secret()) && !line.contains(key.trim()),
+            !line.contains(token.expose_secret()) && !line.contains(key["seed"].as_str().unwrap()),
             "{line}"
         );
     }
@@ -250,8 +251,8 @@ async fn secrets_are_0600_and_in_no_log() {
         let mode = std::os::unix::fs::PermissionsExt::mode(&fs::metadata(&path).unwrap().permissions());
         assert_eq!(mode & 0o077, 0, "{}", path.display());
     }
-    let root = SnapshotRoot::from_base64(&fs::read_to_string(state.join("snapshot-root.pub")).unwrap());
-    assert!(root.is_ok());
+    let roots = RootChain::from_text(&fs::read_to_string(state.join("snapshot-roots")).unwrap());
+    assert!(roots.is_ok());
 }
 
 fn files(dir: &Path) -> Vec<std::path::PathBuf> {

@@ -111,6 +111,9 @@ pub(crate) struct TunnelOptions {
     /// Which engine.
     #[arg(long, value_enum, default_value_t = Engine::Warren)]
     pub(crate) engine: Engine,
+    /// Keeps what the timestamps of handshakes have reached, so that a clock that is set back does not lock this node out.
+    #[arg(long)]
+    pub(crate) clock_file: Option<PathBuf>,
     /// Begin a session of its own, so that it outlives whoever started it.
     #[arg(long, hide = true)]
     pub(crate) detach: bool,

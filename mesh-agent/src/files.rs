@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use warren_agent_core::{Endpoint, Endpoints};
-use warren_keyd_api::snapshot::{Directory, SnapshotRoot};
+use warren_keyd_api::snapshot::{Directory, RootChain};
 use warren_model::Datapath;
 
 use crate::keys::KeyStore;
@@ -52,7 +52,7 @@ impl StateDir {
     }
 
     /// The last good snapshot. A damaged file is a warning: the agent starts as without one.
-    pub(crate) fn load_snapshot(&self, root: SnapshotRoot) -> Option<Directory> {
+    pub(crate) fn load_snapshot(&self, roots: &RootChain) -> Option<Directory> {
         let path = self.0.join("snapshot");
         let bytes = match fs::read(&path) {
             Ok(bytes) => bytes,
@@ -62,7 +62,7 @@ impl StateDir {
                 return None;
             }
         };
-        match Directory::from_file(root, &bytes) {
+        match Directory::from_own_file(roots, &bytes) {
             Ok(directory) => Some(directory),
             Err(error) => {
                 tracing::warn!(file = %path.display(), %error, "the snapshot is not usable: starting without one");
@@ -106,6 +106,27 @@ impl StateDir {
     /// Keeps the pods.
     pub(crate) fn save_endpoints(&self, saved: &SavedEndpoints) -> Result<()> {
         write_private(&self.0.join("endpoints.json"), &serde_json::to_vec_pretty(saved)?)
+    }
+
+    /// Keeps a signed time that has been reached, with the time since boot at which it was.
+    pub(crate) fn save_time(&self, signed_ms: u64, boot_ms: u64) -> Result<()> {
+        let line = format!("{signed_ms} {boot_ms} {}\n", boot_id());
+        write_private(&self.0.join("time"), line.as_bytes())
+    }
+
+    /// What [`Self::save_time`] kept: the signed time, and since when in this boot; (0, 0) where nothing is known. How long a
+    /// machine was off nobody knows.
+    pub(crate) fn load_time(&self, boot_ms: u64) -> (u64, u64) {
+        let text = fs::read_to_string(self.0.join("time")).unwrap_or_default();
+        let mut words = text.splitn(3, ' ');
+        let mut number = || words.next().and_then(|word| word.parse().ok());
+        match (number(), number()) {
+            (Some(signed), Some(at)) if words.next().map(str::trim) == Some(&boot_id()) && at <= boot_ms => {
+                (signed, at)
+            }
+            (Some(signed), Some(_)) => (signed, boot_ms),
+            _ => (0, 0),
+        }
     }
 
     /// The datapath that this node ran with before.
@@ -219,10 +240,11 @@ mod tests {
     fn a_truncated_snapshot_is_as_none() {
         let directory = tempfile::tempdir().unwrap();
         let state = StateDir::open(directory.path()).unwrap();
-        let root = SnapshotRoot::from_bytes([7; 32]);
-        assert!(state.load_snapshot(root).is_none());
+        let signer = warren_keyd_api::snapshot::ManifestSigner::generate().unwrap();
+        let roots = RootChain::first(&signer, 0);
+        assert!(state.load_snapshot(&roots).is_none());
         state.save_snapshot(b"WARRENS1\0\0").unwrap();
-        assert!(state.load_snapshot(root).is_none());
+        assert!(state.load_snapshot(&roots).is_none());
     }
 
     #[test]
@@ -235,6 +257,21 @@ mod tests {
         for other in ["8 9 another boot", "8", "x y z", ""] {
             fs::write(directory.path().join("applied"), other).unwrap();
             assert_eq!(applied.read(), (0, 0), "{other}");
+        }
+    }
+
+    #[test]
+    fn signed_time_goes_on_within_a_boot_and_stands_still_between_two() {
+        let directory = tempfile::tempdir().unwrap();
+        let state = StateDir::open(directory.path()).unwrap();
+        assert_eq!(state.load_time(9), (0, 0));
+        state.save_time(1000, 5).unwrap();
+        assert_eq!(state.load_time(9), (1000, 5));
+        fs::write(directory.path().join("time"), "1000 5 another boot\n").unwrap();
+        assert_eq!(state.load_time(9), (1000, 9));
+        for bad in ["", "x 5 y", "1000"] {
+            fs::write(directory.path().join("time"), bad).unwrap();
+            assert_eq!(state.load_time(9), (0, 0), "{bad}");
         }
     }
 

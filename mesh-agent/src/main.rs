@@ -2,6 +2,7 @@
 
 mod adopt;
 mod cli;
+mod clock;
 mod cni;
 mod config;
 mod files;

@@ -195,6 +195,7 @@ fn agent_metrics(registry: &mut Registry, last: Option<&(EncryptStatus, AgentSta
         "Peers on the tunnel devices",
         count(encrypt.peers.len()),
     );
+    trust(registry, agent);
     if let Some((epoch, version)) = agent.snapshot {
         gauge(
             registry,
@@ -262,6 +263,46 @@ fn exchanges(registry: &mut Registry, encrypt: &EncryptStatus) {
         counter.inc_by(value);
         registry.register(name, help, counter);
     }
+}
+
+/// Alarms about whom the agent believes.
+fn trust(registry: &mut Registry, agent: &AgentStatus) {
+    gauge(
+        registry,
+        "directory_expired",
+        "Whether the time of the directory is over: an alarm",
+        i64::from(agent.expired_seconds.is_some()),
+    );
+    gauge(
+        registry,
+        "directory_expired_seconds",
+        "For how long it is over",
+        agent
+            .expired_seconds
+            .map_or(0, |seconds| seconds.try_into().unwrap_or(i64::MAX)),
+    );
+    gauge(
+        registry,
+        "trust_refused",
+        "Whether keyd's roots, or the mounted trust, are not what this node has pinned: an alarm",
+        i64::from(agent.trust_fault.is_some()),
+    );
+    gauge(
+        registry,
+        "snapshot_root_generation",
+        "Of the root that snapshots must be signed by",
+        agent
+            .root
+            .as_ref()
+            .map_or(0, |root| root.generation.try_into().unwrap_or(i64::MAX)),
+    );
+    let refused = Counter::<u64>::default();
+    refused.inc_by(agent.refused_updates);
+    registry.register(
+        "refused_updates",
+        "Updates of the directory that were refused, forged, replayed or damaged: an alarm",
+        refused,
+    );
 }
 
 fn policy(whole: &mut Registry, report: &Report) {
@@ -412,6 +453,10 @@ mod tests {
             version: "1".into(),
             keyd: None,
             snapshot: Some((5, 6)),
+            root: None,
+            expired_seconds: Some(7),
+            trust_fault: None,
+            refused_updates: 3,
             failing: vec![],
             problems: vec![],
             endpoints: vec![],
@@ -423,11 +468,16 @@ mod tests {
             text.contains("warren_agent_dropped_packets_total{reason=\"no-path\"} 7"),
             "{text}"
         );
-        assert!(text.contains("warren_agent_snapshot_version 6"), "{text}");
-        assert!(
-            text.contains("warren_agent_pre_shared_keys_agreed_total 4"),
-            "{text}"
-        );
+        for line in [
+            "warren_agent_snapshot_version 6",
+            "warren_agent_directory_expired 1",
+            "warren_agent_directory_expired_seconds 7",
+            "warren_agent_trust_refused 0",
+            "warren_agent_refused_updates_total 3",
+            "warren_agent_pre_shared_keys_agreed_total 4",
+        ] {
+            assert!(text.contains(line), "{text}");
+        }
     }
 
     #[test]

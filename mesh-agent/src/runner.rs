@@ -14,7 +14,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
-use warren_agent_api::{Attachment, Request, Response};
+use warren_agent_api::{Attachment, Request, Response, RootStatus};
 use warren_agent_core::{Action, Agent, Endpoint, Observed, Settings, policy::LocalEndpoint, psk::Exchanges};
 use warren_keyd_api::snapshot::Directory;
 use warren_model::{Datapath, IdentityId, PodRef, PublicKey, policy::NodeFacts};
@@ -23,6 +23,7 @@ use warren_net::Net;
 use crate::{
     adopt,
     cli::RunOptions,
+    clock::{SignedClock, boot_ms},
     cni,
     config::{self, Config},
     files::{Applied, SavedEndpoints, StateDir, make_private_dir},
@@ -36,6 +37,8 @@ use crate::{
 
 /// How often the state is reported to `keyd`.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the signed time is kept on disk, milliseconds.
+const KEEP_TIME_MS: u64 = 600_000;
 /// How often everything is compared though nothing happened.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often somebody else's FORWARD chains are looked at.
@@ -106,10 +109,18 @@ pub(crate) struct Runner {
     pub(crate) connected: Option<String>,
     /// Why it is not.
     pub(crate) keyd_fault: Option<String>,
+    /// The snapshot root that is pinned.
+    pub(crate) root: Option<RootStatus>,
+    /// How the mounted trust differs from what is pinned.
+    pub(crate) trust_fault: Option<String>,
     /// What of the directory cannot be read.
     pub(crate) unreadable: Vec<String>,
-    /// When the directory's signature ends, Unix milliseconds.
-    pub(crate) expires_unix_ms: Option<i64>,
+    /// How old the directory is.
+    pub(crate) clock: SignedClock,
+    /// When the time was kept last, since boot, milliseconds.
+    time_kept: u64,
+    /// Updates that were refused: forged, replayed or damaged.
+    pub(crate) refused_updates: u64,
     /// This node's private keys.
     keys: KeyStore,
     /// What exchanges of pre-shared keys have in memory.
@@ -184,8 +195,9 @@ async fn run(config: Config) -> Result<()> {
     let (to_keyd, commands) = mpsc::unbounded_channel();
     let (from_keyd, keyd_events) = mpsc::unbounded_channel();
     let applied = Applied::new(&config.options.run_dir);
-    let directory = keyd::snapshot_root(&config, &state)
-        .and_then(|root| state.load_snapshot(root))
+    let (roots, root) = keyd::snapshot_roots(&config, &state).unzip();
+    let directory = roots
+        .and_then(|roots| state.load_snapshot(&roots))
         .filter(|directory| is_newest(directory, applied.read()));
     let shared = Shared::new(machine.programs());
     let defaults = NodeFacts {
@@ -207,13 +219,19 @@ async fn run(config: Config) -> Result<()> {
         to_keyd,
         (to_enforcer.clone(), shared.clone()),
     );
+    runner.root = root;
+    let clock = runner.clock.clone();
+    let (signed, at) = state.load_time(boot_ms());
+    if signed > 0 {
+        clock.lock().reached(signed, at);
+    }
     let mut contents = Contents::default();
     if let Some(directory) = &directory {
         let received = contents.whole(directory);
         let (epoch, version) = directory.position();
         tracing::info!(epoch, version, "last good snapshot loaded");
         enforcer.directory(&received);
-        runner.directory(received);
+        runner.own_directory(received);
     }
     let to_runner = inputs.clone();
     std::thread::Builder::new()
@@ -244,6 +262,8 @@ async fn run(config: Config) -> Result<()> {
         floor: applied.read(),
         applied,
         resync: false,
+        clock,
+        trust_faults: keyd::TrustFaults::default(),
         events: from_keyd,
         commands,
     };
@@ -315,8 +335,12 @@ impl Runner {
             shared,
             connected: None,
             keyd_fault: None,
+            root: None,
+            trust_fault: None,
             unreadable: Vec::new(),
-            expires_unix_ms: None,
+            clock: SignedClock::default(),
+            time_kept: 0,
+            refused_updates: 0,
             keys,
             secrets: psk::Secrets::default(),
             links: psk::Links::default(),
@@ -361,6 +385,7 @@ impl Runner {
                 }
                 _ = report.tick() => self.report().await,
                 _ = compare.tick() => {
+                    self.check_age(false);
                     self.machine.look_closely();
                     self.machine.attach_host();
                     self.dirty = true;
@@ -388,6 +413,7 @@ impl Runner {
             self.health.beat();
         }
         self.save_endpoints();
+        self.keep_time();
         tracing::info!("stopping; everything stays in place");
         Ok(())
     }
@@ -474,6 +500,9 @@ impl Runner {
             } => {
                 self.key_refusals.remove(&generation);
             }
+            FromKeyd::Root(root) => self.root = Some(root),
+            FromKeyd::Trust { fault } => self.trust_fault = fault,
+            FromKeyd::RefusedUpdate => self.refused_updates += 1,
             FromKeyd::NewKey => {
                 self.agent.set_keyring(self.keys.keyring());
                 self.dirty = true;
@@ -489,15 +518,55 @@ impl Runner {
         }
     }
 
-    /// A directory whose policy is in force. One that is about policy alone leaves the node as it is.
+    /// A directory from keyd. One that is over already takes nobody new.
     fn directory(&mut self, received: Received) {
+        let (issued, expires) = received.signed;
+        if self.clock.lock().would_be_expired(issued, expires, boot_ms()) {
+            self.check_age(true);
+        }
+        self.own_directory(received);
+    }
+
+    /// A directory whose policy is in force, from this node's disk or from keyd. One that is about policy alone leaves the node
+    /// as it is.
+    fn own_directory(&mut self, received: Received) {
         self.unreadable = received.unreadable;
-        self.expires_unix_ms = Some(received.expires_unix_ms);
+        let (issued, expires) = received.signed;
+        self.clock.lock().directory(issued, expires, boot_ms());
         self.agent.change_directory(&received.change);
+        self.check_age(false);
         if received.change.concerns_mesh() {
             self.dirty = true;
         } else {
             self.settle();
+        }
+    }
+
+    /// Notes whether the directory's time is over; `over`: it is.
+    fn check_age(&mut self, over: bool) {
+        let boot = boot_ms();
+        let expired = over || self.clock.lock().expired_ms(boot).is_some();
+        if self.agent.set_expired(expired) {
+            self.dirty = true;
+            match expired {
+                true => tracing::error!("the directory's time is over: {}", status::EXPIRED),
+                false => tracing::info!("the directory is good again"),
+            }
+        }
+        if boot.saturating_sub(self.time_kept) >= KEEP_TIME_MS || self.time_kept == 0 {
+            self.keep_time();
+        }
+    }
+
+    /// What is known of the real time is not lost with this process, or the machine's clock.
+    fn keep_time(&mut self) {
+        let boot = boot_ms();
+        let Some(now) = self.clock.lock().now(boot) else {
+            return;
+        };
+        self.time_kept = boot;
+        if let Err(error) = self.state.save_time(now, boot) {
+            tracing::warn!(error = %format!("{error:#}"), "the signed time cannot be kept");
         }
     }
 

@@ -1,12 +1,6 @@
 //! What this node's encryption really is, and how it is told.
 
-use std::{
-    cmp::Ordering,
-    collections::BTreeMap,
-    fmt::Write as _,
-    process::ExitCode,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{cmp::Ordering, collections::BTreeMap, fmt::Write as _, process::ExitCode, time::Duration};
 
 use ipnet::IpNet;
 use warren_agent_api::{
@@ -20,6 +14,7 @@ use warren_wireguard::PeerState;
 
 use crate::{
     cli::{Output, StatusOptions},
+    clock::boot_ms,
     runner::Runner,
 };
 
@@ -129,7 +124,6 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
         let Ok(dump) = runner.machine.dump(*slot).await else {
             continue;
         };
-        let now = SystemTime::now();
         // Those where pre-shared keys are agreed on carry nothing.
         let of_mesh = dump.peers.into_iter().filter(|peer| !is_exchange(peer));
         peers.extend(of_mesh.map(|peer| {
@@ -144,9 +138,10 @@ async fn devices(runner: &Runner) -> (Vec<InterfaceStatus>, Vec<PeerStatus>) {
                 interface: name.clone(),
                 public_key: peer.public_key,
                 endpoint: peer.endpoint,
-                last_handshake_seconds: peer
-                    .last_handshake
-                    .map(|at| now.duration_since(at).unwrap_or_default().as_secs()),
+                last_handshake_seconds: runner
+                    .machine
+                    .handshake_age(*slot, peer.public_key)
+                    .map(|age| age.as_secs()),
                 received_bytes: peer.received_bytes,
                 sent_bytes: peer.sent_bytes,
                 allowed_prefixes: peer.allowed_ips,
@@ -337,6 +332,7 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
             .iter()
             .map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")),
     );
+    problems.extend(runner.trust_fault.iter().cloned());
     problems.extend(expired(runner));
     problems.extend(runner.machine.host_fault().cloned());
     if let Some(fault) = &runner.keyd_fault {
@@ -349,6 +345,10 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
         version: env!("CARGO_PKG_VERSION").into(),
         keyd: runner.connected.clone(),
         snapshot: runner.agent.directory_version(),
+        root: runner.root.clone(),
+        expired_seconds: runner.clock.lock().expired_ms(boot_ms()).map(|ms| ms / 1000),
+        trust_fault: runner.trust_fault.clone(),
+        refused_updates: runner.refused_updates,
         failing: failing
             .into_iter()
             .chain(runner.machine.faults().iter().cloned())
@@ -371,14 +371,21 @@ fn policy(runner: &Runner) -> PolicySummary {
     }
 }
 
-/// An expired directory stays in force for the peers that there are; somebody has to know.
+/// What becomes of a directory whose time is over.
+pub(crate) const EXPIRED: &str = "peers stay as they are, new ones are not accepted";
+
+/// A directory whose time is over stays in force for the peers that there are; somebody has to know.
 fn expired(runner: &Runner) -> Option<String> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).ok()?.as_millis();
-    let expires = u128::try_from(runner.expires_unix_ms.filter(|ms| *ms > 0)?).ok()?;
-    (now > expires).then(|| {
-        let hours = (now - expires) / 3_600_000;
-        format!("the directory expired {hours} h ago: peers stay as they are, new ones are not accepted")
-    })
+    let minutes = runner.clock.lock().expired_ms(boot_ms())? / 60_000;
+    let what = match runner.config.cluster.snapshot_hard_fail {
+        true => "pods of other nodes are not reachable (snapshotHardFail)",
+        false => EXPIRED,
+    };
+    Some(format!(
+        "the directory expired {} h {} min ago: {what}; look at keyd",
+        minutes / 60,
+        minutes % 60
+    ))
 }
 
 fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
@@ -407,10 +414,8 @@ fn endpoints(runner: &Runner) -> Vec<EndpointStatus> {
 /// The report to `keyd`.
 pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentStatus {
     let own: BTreeMap<&str, _> = status.interfaces.iter().map(|i| (i.name.as_str(), i)).collect();
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
+    // keyd's own time, as far as it is known here: this node's clock may be wrong.
+    let now = runner.clock.now_ms().unwrap_or_default() / 1000;
     let peers = status.peers.iter().map(|peer| {
         let interface = own.get(peer.interface.as_str());
         let handshake = peer
@@ -467,6 +472,10 @@ pub(crate) fn for_keyd(runner: &Runner, status: &EncryptStatus) -> proto::AgentS
         agent_version: agent.version,
         epoch,
         version,
+        root_generation: runner.root.as_ref().map_or(0, |root| root.generation),
+        refused_updates: agent.refused_updates,
+        trust_fault: agent.trust_fault.unwrap_or_default(),
+        expired: agent.expired_seconds.is_some(),
     }
 }
 
@@ -627,6 +636,13 @@ fn agent_text(status: &AgentStatus) -> String {
         .snapshot
         .map_or_else(|| "none".to_owned(), |(e, v)| format!("epoch {e}, version {v}"));
     let _ = writeln!(out, "Directory: {snapshot}");
+    if let Some(root) = &status.root {
+        let _ = writeln!(
+            out,
+            "Snapshot root: {} (generation {})",
+            root.key, root.generation
+        );
+    }
     let policy = &status.policy;
     let _ = writeln!(
         out,

@@ -45,6 +45,7 @@ pub(crate) fn main(options: &TunnelOptions) -> ExitCode {
             Engine::Boringtun => Implementation::Boringtun,
         },
         linger: options.linger,
+        clock_file: options.clock_file.clone(),
         ..EngineConfig::default()
     };
     match engine::run(config) {
@@ -59,9 +60,10 @@ pub(crate) fn main(options: &TunnelOptions) -> ExitCode {
 /// Sees to it that a tunnel runs, and says when one begins to.
 pub(crate) fn supervise(options: &RunOptions, inputs: mpsc::UnboundedSender<Input>) {
     let (run_dir, mode) = (options.wireguard_dir.clone(), options.tunnel);
+    let clock_file = options.state_dir.join("tunnel-clock");
     tokio::spawn(async move {
         loop {
-            ensure(&run_dir, mode).await;
+            ensure(&run_dir, &clock_file, mode).await;
             if inputs.send(Input::TunnelStarted).is_err() {
                 return;
             }
@@ -79,7 +81,7 @@ pub(crate) fn supervise(options: &RunOptions, inputs: mpsc::UnboundedSender<Inpu
 }
 
 /// Returns when a tunnel answers.
-async fn ensure(run_dir: &Path, mode: TunnelMode) {
+async fn ensure(run_dir: &Path, clock_file: &Path, mode: TunnelMode) {
     let driver = Userspace::new(run_dir);
     let mut said = false;
     loop {
@@ -89,7 +91,7 @@ async fn ensure(run_dir: &Path, mode: TunnelMode) {
         }
         match mode {
             TunnelMode::Spawn => {
-                if let Err(error) = spawn(run_dir) {
+                if let Err(error) = spawn(run_dir, clock_file) {
                     tracing::error!(error = %format!("{error:#}"), "the tunnel process cannot be started");
                 }
             }
@@ -107,7 +109,7 @@ async fn ensure(run_dir: &Path, mode: TunnelMode) {
 }
 
 /// Starts the tunnel in a session of its own, so that it outlives this agent.
-fn spawn(run_dir: &Path) -> Result<()> {
+fn spawn(run_dir: &Path, clock_file: &Path) -> Result<()> {
     make_private_dir(run_dir)?;
     let path = run_dir.join("tunnel.log");
     let log = OpenOptions::new()
@@ -122,6 +124,8 @@ fn spawn(run_dir: &Path) -> Result<()> {
         .arg("--detach")
         .arg("--run-dir")
         .arg(run_dir)
+        .arg("--clock-file")
+        .arg(clock_file)
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log)

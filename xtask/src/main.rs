@@ -13,6 +13,7 @@ mod generate;
 mod image;
 mod lab;
 mod paths;
+mod permissions;
 mod setup;
 mod sim;
 mod soak;

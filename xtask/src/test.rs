@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use self::programs::Kind;
 use crate::{
     command::{cargo, command, output, run as execute},
-    deps, generate, paths,
+    deps, generate, paths, permissions,
     setup::{self, Group},
     vm,
 };
@@ -95,7 +95,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "chart",
-        about: "the chart lints, wrong values are refused",
+        about: "the chart lints, wrong values are refused, every permission is listed",
         needs: &[Group::Kubernetes],
         work: Work::Check(chart),
     },
@@ -280,8 +280,16 @@ fn chart() -> Result<Count> {
     let helm = paths::bin()?.join("helm");
     let values = "podPools={10.244.0.0/16},nodePools={172.30.0.0/24},serviceCIDRs={10.96.0.0/16}";
     execute(command(&helm).args(["lint", "--strict", "charts/warren", "--set", values]))?;
-    output(command(&helm).args(["template", "charts/warren", "-n", "kube-system", "--set", values]))?;
+    let rendered =
+        output(command(&helm).args(["template", "charts/warren", "-n", "kube-system", "--set", values]))?;
     let mut count = Count { passed: 2, failed: 0 };
+    match permissions::check(&rendered) {
+        Ok(()) => count.passed += 1,
+        Err(error) => {
+            eprintln!("chart: {error:#}");
+            count.failed += 1;
+        }
+    }
     for wrong in [
         "encryption.type=ipsec",
         "podPools=10.244.0.0/16",

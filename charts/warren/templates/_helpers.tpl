@@ -66,4 +66,6 @@ ignoredLabels: {{ toJson .Values.policy.ignoredLabels }}
 {{- end }}
 identitiesPerNamespace: {{ int .Values.policy.identitiesPerNamespace }}
 snapshotExpirySeconds: {{ int64 .Values.keyd.snapshotExpiry }}
+snapshotHardFail: {{ .Values.keyd.snapshotHardFail }}
+signingKeyMaxAgeSeconds: {{ int64 .Values.keyd.signingKeyMaxAge }}
 {{- end }}

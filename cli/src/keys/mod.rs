@@ -6,6 +6,7 @@ mod progress;
 mod revoke;
 mod rotate;
 mod rotations;
+mod signing;
 mod view;
 
 use clap::Subcommand;
@@ -70,6 +71,21 @@ pub(crate) enum KeysCommand {
         after_help = "Examples:\n  warren keys audit\n  warren keys audit --node node3\n  warren keys audit --disagreeing -o json"
     )]
     Audit(audit::AuditOptions),
+    /// The key that keyd signs snapshots and MeshNodes with, and those before it.
+    ///
+    /// Exits with 1 where an agent does not follow the last one yet.
+    #[command(after_help = "Examples:\n  warren keys signing\n  warren keys signing -o json")]
+    Signing(signing::SigningOptions),
+    /// Has keyd sign with a new key.
+    ///
+    /// The old key vouches for the new one, so that all agents follow by themselves, also those that are away now; whatever
+    /// the old one signs afterwards is worth nothing. Nothing else changes: traffic and the nodes' own keys stay.
+    ///
+    /// Waits until every agent follows and all MeshNodes are signed anew; exits with 1 where that takes longer than --timeout.
+    #[command(
+        after_help = "Examples:\n  warren keys rotate-signing\n  warren keys rotate-signing --timeout 0   do not wait"
+    )]
+    RotateSigning(signing::RotateSigningOptions),
 }
 
 pub(crate) async fn run(target: &Target, command: &KeysCommand) -> anyhow::Result<bool> {
@@ -80,5 +96,7 @@ pub(crate) async fn run(target: &Target, command: &KeysCommand) -> anyhow::Resul
         KeysCommand::Abort(options) => rotations::abort(target, options).await,
         KeysCommand::Revoke(options) => revoke::run(target, options).await,
         KeysCommand::Audit(options) => audit::run(target, options).await,
+        KeysCommand::Signing(options) => signing::run(target, options).await,
+        KeysCommand::RotateSigning(options) => signing::rotate(target, options).await,
     }
 }

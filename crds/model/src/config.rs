@@ -96,6 +96,13 @@ pub struct ClusterConfig {
     /// How long a snapshot is good, seconds.
     #[serde(default = "default_expiry")]
     pub snapshot_expiry_seconds: u64,
+    /// Whether a node that has heard nothing for so long cuts its pods off from those of other nodes, instead of keeping the
+    /// peers that it has.
+    #[serde(default)]
+    pub snapshot_hard_fail: bool,
+    /// After how long `keyd` replaces the key that signs snapshots, seconds; 0: only when it is asked to.
+    #[serde(default = "default_signing_key_max_age")]
+    pub signing_key_max_age_seconds: u64,
 }
 
 fn yes() -> bool {
@@ -143,6 +150,9 @@ pub fn default_identities_per_namespace() -> u32 {
 }
 fn default_expiry() -> u64 {
     24 * 3600
+}
+fn default_signing_key_max_age() -> u64 {
+    90 * 24 * 3600
 }
 
 impl ClusterConfig {

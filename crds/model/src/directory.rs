@@ -260,6 +260,8 @@ mod tests {
             ignored_labels: crate::config::default_ignored_labels(),
             identities_per_namespace: crate::config::default_identities_per_namespace(),
             snapshot_expiry_seconds: 86400,
+            snapshot_hard_fail: false,
+            signing_key_max_age_seconds: 0,
         }
     }
 

@@ -54,7 +54,7 @@ async fn say(args: &HelloArgs) -> Result<Heard> {
     let read =
         |path: &PathBuf| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
     let trust = Trust::from_pem(&read(&args.ca)?)?;
-    let channel = connect(&args.keyd, &trust, None).await?;
+    let channel = connect(&args.keyd, &trust, None, None).await?;
     let hello = Hello {
         protocol: 1,
         node_name: args.node.clone(),
@@ -63,6 +63,7 @@ async fn say(args: &HelloArgs) -> Result<Heard> {
         datapath: Datapath::Userspace.into(),
         resume_epoch: 0,
         resume_version: 0,
+        snapshot_root: vec![],
     };
     let mut stream = match AgentStream::open(channel, hello).await {
         Ok(stream) => stream,

@@ -194,24 +194,29 @@ impl Cluster {
         self.kubectl_stdin(&["delete", "-f", "-", "--wait"], text)
     }
 
-    /// Runs kubectl with a text to read.
-    fn kubectl_stdin(&self, arguments: &[&str], text: &str) -> Result<()> {
-        let command = self.control.kubectl(arguments.iter().copied())?;
+    /// Runs kubectl with something to read, whatever its end.
+    pub fn kubectl_with<'a>(
+        &self,
+        arguments: impl IntoIterator<Item = &'a str>,
+        input: &[u8],
+    ) -> Result<Output> {
+        let command = self.control.kubectl(arguments)?;
         let mut child = self
             .control
             .place()
             .command(&command)
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .context("cannot run kubectl")?;
-        child
-            .stdin
-            .take()
-            .context("no pipe")?
-            .write_all(text.as_bytes())?;
-        let output = child.wait_with_output()?;
+        child.stdin.take().context("no pipe")?.write_all(input)?;
+        Ok(child.wait_with_output()?)
+    }
+
+    /// Runs kubectl with a text to read; it must succeed.
+    fn kubectl_stdin(&self, arguments: &[&str], text: &str) -> Result<()> {
+        let output = self.kubectl_with(arguments.iter().copied(), text.as_bytes())?;
         ensure!(
             output.status.success(),
             "kubectl {}: {}",

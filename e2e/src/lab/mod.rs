@@ -13,6 +13,7 @@
 
 pub mod binaries;
 pub mod check;
+mod clock;
 pub mod cni;
 mod force;
 mod keys;

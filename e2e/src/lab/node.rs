@@ -78,6 +78,9 @@ impl Node {
             node.dir().join("etc/cluster.yaml"),
             serde_saphyr::to_string(&node.shared.config)?,
         )?;
+        if node.shared.options.clocks {
+            node.set_clock("+0")?;
+        }
         let spec = NodeSpec {
             name: node.name.clone(),
             cgroup: format!("{}/{}", cgroup::tree(&node.shared.id), node.name),
@@ -221,7 +224,7 @@ impl Node {
 
     /// Starts `keyd` with the lab's manifests and waits until it answers.
     pub fn start_keyd(&self) -> Result<()> {
-        let mut command = self.logging().to_vec();
+        let mut command = self.environment();
         command.extend(["keyd", "run", "--config", "/etc/warren/cluster.yaml"]);
         command.extend(["--source", "manifests"]);
         let manifests = self.shared.manifests.dir().to_string_lossy().into_owned();
@@ -248,12 +251,20 @@ impl Node {
         .map(drop)
     }
 
-    /// What stands before a program whose log is to be complete.
-    fn logging(&self) -> &'static [&'static str] {
-        match self.shared.options.verbose {
-            true => &["env", "RUST_LOG=trace"],
-            false => &[],
+    /// What stands before a program whose log is to be complete, or whose clock is not the machine's.
+    fn environment(&self) -> Vec<&'static str> {
+        let options = &self.shared.options;
+        let mut words = Vec::new();
+        if options.verbose || options.clocks {
+            words.push("env");
         }
+        if options.verbose {
+            words.push("RUST_LOG=trace");
+        }
+        if options.clocks {
+            words.extend(super::clock::ENVIRONMENT);
+        }
+        words
     }
 
     /// SIGKILL for `keyd`.
@@ -285,7 +296,7 @@ impl Node {
     /// Starts the agent with more arguments.
     pub fn start_agent_with(&self, more: &[&str]) -> Result<()> {
         let keyd = format!("{}:{}", net::node_address(1).v4, self.shared.config.keyd_port);
-        let mut command = self.logging().to_vec();
+        let mut command = self.environment();
         command.extend(["mesh-agent", "run", "--config", "/etc/warren/cluster.yaml"]);
         command.extend([
             "--node-name",

@@ -24,6 +24,8 @@ pub struct LabOptions {
     pub plugins: Vec<MainPlugin>,
     /// `keyd`, the agents and their tunnels log everything that they can.
     pub verbose: bool,
+    /// `keyd`, the agents and their tunnels have a wall clock of their own on each node ([`super::Node::set_clock`]).
+    pub clocks: bool,
     /// Changes to the cluster's configuration before it is written.
     pub tune: fn(&mut ClusterConfig),
 }
@@ -38,6 +40,7 @@ impl Default for LabOptions {
             warren: true,
             plugins: vec![MainPlugin::Ptp, MainPlugin::Bridge],
             verbose: false,
+            clocks: false,
             tune: |_| {},
         }
     }
@@ -80,6 +83,8 @@ impl LabOptions {
             ignored_labels: warren_model::config::default_ignored_labels(),
             identities_per_namespace: warren_model::config::default_identities_per_namespace(),
             snapshot_expiry_seconds: 24 * 3600,
+            snapshot_hard_fail: false,
+            signing_key_max_age_seconds: 0,
         };
         (options.tune)(&mut config);
         config

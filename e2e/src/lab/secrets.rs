@@ -9,7 +9,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
+use base64::{
+    Engine as _,
+    engine::general_purpose::{STANDARD, URL_SAFE},
+};
 use warren_model::keys::KEY_SLOTS;
 
 use super::{Node, process::find};
@@ -37,26 +40,56 @@ fn hex(bytes: &[u8]) -> Vec<u8> {
 
 impl Secret {
     /// A key. Either half is enough to be found: the other may be overwritten in part. The outermost bytes are left out,
-    /// as a private key may be clamped.
+    /// as a private key may be clamped. Also found: the bytes the other way round, and base64 of something that holds them.
     pub fn key(name: &str, bytes: [u8; 32]) -> Self {
-        let text = STANDARD.encode(bytes).into_bytes();
-        let decimal = |bytes: &[u8]| {
-            let list: Vec<_> = bytes.iter().map(u8::to_string).collect();
-            list.join(", ").into_bytes()
-        };
+        let mut reversed = bytes;
+        reversed.reverse();
+        let mut forms = Vec::new();
+        for half in [&bytes[1..16], &bytes[16..31], &reversed[1..16], &reversed[16..31]] {
+            let decimal: Vec<_> = half.iter().map(u8::to_string).collect();
+            let hexadecimal = hex(half);
+            forms.push(("bytes", half.to_vec()));
+            forms.push(("hex in capitals", hexadecimal.to_ascii_uppercase()));
+            forms.push(("hex", hexadecimal));
+            forms.push(("a list of numbers", decimal.join(", ").into_bytes()));
+            for shift in 0..3 {
+                // Where the text begins decides which bits a character has; those at the ends have others' bits as well.
+                let padded = [&[0; 2][..shift], half].concat();
+                let inner = |text: String| text.into_bytes()[4..16].to_vec();
+                forms.push(("base64", inner(STANDARD.encode(&padded))));
+                forms.push(("base64url", inner(URL_SAFE.encode(&padded))));
+            }
+        }
+        // Not twice, where no character differs.
+        forms.sort();
+        forms.dedup_by(|a, b| a.1 == b.1);
         Self {
             name: name.into(),
-            forms: vec![
-                ("bytes", bytes[1..16].to_vec()),
-                ("bytes", bytes[16..31].to_vec()),
-                ("hex", hex(&bytes[1..16])),
-                ("hex", hex(&bytes[16..31])),
-                ("base64", text[2..22].to_vec()),
-                ("base64", text[20..40].to_vec()),
-                ("a list of numbers", decimal(&bytes[1..16])),
-                ("a list of numbers", decimal(&bytes[16..31])),
-            ],
+            forms,
         }
+    }
+
+    /// The private half in a key file in PKCS #8 (RFC 5958), PEM or DER: an OCTET STRING of 32 bytes for the curves in use.
+    pub fn pkcs8(name: &str, file: &[u8]) -> Result<Self> {
+        let text = String::from_utf8_lossy(file);
+        let der = match text.starts_with("-----BEGIN") {
+            true => {
+                let lines = text.lines().filter(|line| !line.starts_with("-----"));
+                STANDARD
+                    .decode(lines.collect::<String>())
+                    .context("a PEM file that is none")?
+            }
+            false => file.to_vec(),
+        };
+        let at = der.windows(2).position(|pair| pair == [4, 32]);
+        let at = at.with_context(|| format!("{name} is not a key that this looks for"))?;
+        let bytes = der.get(at + 2..at + 34).and_then(|bytes| bytes.try_into().ok());
+        Ok(Self::key(name, bytes.context("a key that ends early")?))
+    }
+
+    /// Each form that is looked for, by its name.
+    pub fn written(&self) -> impl Iterator<Item = (&'static str, &[u8])> {
+        self.forms.iter().map(|(form, bytes)| (*form, bytes.as_slice()))
     }
 
     /// A token: text.
@@ -85,6 +118,29 @@ impl Finder {
             begins[usize::from(u16::from_le_bytes([form[0], form[1]]))] = true;
         }
         Self { secrets, begins }
+    }
+
+    /// Proof that it finds: every secret in every form is put into a log of this folder, must be found there, and is taken away.
+    pub fn power_check(&self, folder: &Path) -> Result<()> {
+        let log = folder.join("canary.log");
+        let mut lines = Vec::new();
+        for (_, bytes) in self.secrets.iter().flat_map(Secret::written) {
+            lines.extend([b"2026 TRACE key=", bytes, b"\n"].concat());
+        }
+        fs::write(&log, lines)?;
+        let found = self.in_files(folder, &|_| false);
+        fs::remove_file(&log)?;
+        let found = found?;
+        for secret in &self.secrets {
+            for (form, _) in secret.written() {
+                let line = format!("{} as {form} at", secret.name);
+                ensure!(
+                    found.iter().any(|found| found.starts_with(&line)),
+                    "{line}: not found in a log"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// What is in `bytes`: a line each.
@@ -301,16 +357,30 @@ mod tests {
             Secret::key("key", bytes),
             Secret::text("token", "warren1.node.secret"),
         ]);
-        let list = format!("{bytes:?}");
-        let texts = [
-            bytes.to_vec(),
-            hex(&bytes),
-            STANDARD.encode(bytes).into_bytes(),
-            list.into_bytes(),
-        ];
-        for text in texts {
-            let around = [b"xy".as_slice(), &text, b"z"].concat();
-            assert_eq!(finder.find(&around).len(), 2, "{text:?}");
+        let mut reversed = bytes;
+        reversed.reverse();
+        let mut clamped = bytes;
+        (clamped[0], clamped[31]) = (bytes[0] & 248, bytes[31] & 127 | 64);
+        for form in [bytes, reversed, clamped] {
+            let inside = [b"a".as_slice(), &form, b"b"].concat();
+            let texts = [
+                form.to_vec(),
+                hex(&form),
+                hex(&form).to_ascii_uppercase(),
+                STANDARD.encode(form).into_bytes(),
+                URL_SAFE.encode(form).into_bytes(),
+                STANDARD.encode(&inside).into_bytes(),
+                STANDARD.encode([b"x", inside.as_slice()].concat()).into_bytes(),
+                format!("{form:?}").into_bytes(),
+            ];
+            for text in texts {
+                let around = [b"xy".as_slice(), &text, b"z"].concat();
+                assert!(
+                    finder.find(&around).len() >= 2,
+                    "{}",
+                    String::from_utf8_lossy(&text)
+                );
+            }
         }
         assert_eq!(finder.find(b"a warren1.node.secret").len(), 1);
         let mut other = bytes;

@@ -6,7 +6,10 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use warren_e2e::{cluster::hello::Heard, lab::wait::wait_until};
 
-use crate::scene::{PATIENCE, Scene, answers};
+use crate::{
+    scene::{PATIENCE, Scene, answers},
+    tampering::{alarms, events_about},
+};
 
 /// How long a Node that was registered again may take: the control plane may first collect the pods of the deleted one.
 const REGISTERED: Duration = Duration::from_secs(180);
@@ -62,10 +65,17 @@ fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
 }
 
 fn refused(scene: &Scene, token: &str, node: &str, why: &str) -> Result<()> {
+    let alarm = |reason: &str| alarms(&scene.cluster, reason);
+    let before = alarm("AuthenticationRefused")? + alarm("StreamRefused")?;
     match hello(scene, token, node)? {
         Heard::Refused(reason) => {
             ensure!(!reason.trim().is_empty(), "{why}: refused without a reason");
-            println!("  {why}: {reason}");
+            wait_until(PATIENCE, &format!("{why}: an alarm"), || {
+                let now = alarm("AuthenticationRefused")? + alarm("StreamRefused")?;
+                ensure!(now > before, "none");
+                Ok(())
+            })?;
+            println!("  | open stream | {why} | {reason} |");
             Ok(())
         }
         other => bail!("{why}: keyd answered {other:?}"),
@@ -130,52 +140,14 @@ pub(crate) fn tokens(scene: &mut Scene) -> Result<()> {
         "another service account",
     )?;
 
+    wait_until(PATIENCE, "Events about strangers", || {
+        let said = events_about(&scene.cluster, "AuthenticationRefused", "MeshState", "warren")?;
+        ensure!(said.len() >= 5, "{said:?}");
+        Ok(())
+    })?;
     // Nobody else noticed.
     scene.cluster.wait_encrypted()?;
     answers(&scene.pods[0], &scene.pods[1])
-}
-
-pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
-    let cluster = &scene.cluster;
-    for verb in ["get", "list", "create", "update"] {
-        for resource in ["meshnodes.warren.dev", "nodes", "pods", "secrets"] {
-            let who = "--as=system:serviceaccount:kube-system:mesh-agent";
-            let output =
-                cluster.kubectl_output(["auth", "can-i", verb, resource, "-n", "kube-system", who])?;
-            ensure!(!output.status.success(), "an agent may {verb} {resource}");
-        }
-    }
-    // Somebody who may write objects in general.
-    let who = "system:serviceaccount:default:editor";
-    cluster.apply(&[
-        json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding", "metadata": {"name": "editor"},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
-            "subjects": [{"kind": "ServiceAccount", "name": "editor", "namespace": "default"}],
-        }),
-    ])?;
-    let patch = r#"{"metadata":{"annotations":{"touched":"yes"}}}"#;
-    wait_until(PATIENCE, "the admission policy refuses it", || {
-        let output = cluster.kubectl_output([
-            "patch",
-            "meshnode",
-            "node1",
-            "--type=merge",
-            "-p",
-            patch,
-            "--as",
-            who,
-        ])?;
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(
-            !output.status.success() && said.contains("only keyd writes"),
-            "{said}"
-        );
-        Ok(())
-    })?;
-    cluster
-        .kubectl(["delete", "clusterrolebinding", "editor"])
-        .map(drop)
 }
 
 pub(crate) fn node_deleted(scene: &mut Scene) -> Result<()> {

@@ -8,7 +8,10 @@ mod hostile;
 mod keys;
 mod policy;
 mod scene;
+mod secrets;
+mod tampering;
 mod traffic;
+mod trust;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
@@ -68,8 +71,19 @@ const MESH: &[Scenario] = &[
         failures::control_plane_gone,
     ),
     ("a_node_comes_back_after_a_power_cut", failures::power_cut),
+    ("the_signing_key_is_replaced", trust::signing_key_replaced),
+    (
+        "keyd_has_what_it_needs_and_agents_have_nothing",
+        trust::permissions,
+    ),
     ("keyd_refuses_tokens_that_prove_nothing", hostile::tokens),
-    ("only_keyd_writes_its_objects", hostile::foreign_writes),
+    ("only_keyd_writes_its_objects", tampering::foreign_writes),
+    (
+        "who_gets_past_the_policy_is_not_believed",
+        tampering::tampered_objects,
+    ),
+    // From here on the logs are verbose.
+    ("no_secret_is_where_people_look", secrets::nowhere),
     ("a_deleted_node_is_forgotten_and_refused", hostile::node_deleted),
 ];
 

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! test_agent --keyd HOST:PORT --node NAME
-//!     (--join-token TOKEN | --token-file F --ca ca.crt --root snapshot-root.pub)
+//!     (--join-token TOKEN | --token-file F --ca ca.crt --roots snapshot-roots)
 //!     [--claim NAME] [--uid UID] [--wrong-proof] [--endpoint NAMESPACE/POD/UID/ADDRESS] [--updates N]
 //! ```
 //! `--claim` says another name in Hello, `--uid` proves for another UID, `--wrong-proof` answers with another key,
@@ -19,7 +19,7 @@ use warren_keyd_api::{
         Applied, Datapath, EndpointAdd, Hello, KeyOffer, KeyProof, Welcome, agent_message::Body as Say,
         keyd_message::Body as Heard,
     },
-    snapshot::{Directory, SnapshotRoot},
+    snapshot::{Directory, Followed, RootChain},
     stream::AgentStream,
     tls::{self, Trust},
 };
@@ -33,7 +33,7 @@ struct Options {
     join_token: Option<String>,
     token_file: Option<String>,
     ca: Option<String>,
-    root: Option<String>,
+    roots: Option<String>,
     endpoint: Option<String>,
     wrong_proof: bool,
     updates: Option<u32>,
@@ -56,7 +56,7 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--join-token" => options.join_token = Some(value),
             "--token-file" => options.token_file = Some(value),
             "--ca" => options.ca = Some(value),
-            "--root" => options.root = Some(value),
+            "--roots" => options.roots = Some(value),
             "--endpoint" => options.endpoint = Some(value),
             "--updates" => options.updates = Some(value.parse()?),
             _ => return Err(format!("unknown option {arg}").into()),
@@ -87,21 +87,21 @@ fn print(what: &str, text: &str) {
 }
 
 async fn run(options: Options) -> Result<(), Box<dyn Error>> {
-    let (channel, root, token) = match &options.join_token {
+    let (channel, mut roots, token) = match &options.join_token {
         Some(token) => {
             let enrolment = tls::enroll(&options.keyd, &token.parse()?).await?;
             print("enrolled", &options.node);
             let trust = Trust::Ca(enrolment.ca_der.clone().into());
-            let channel = tls::connect(&options.keyd, &trust, Some(&enrolment.identity)).await?;
-            (channel, enrolment.snapshot_root, String::new())
+            let channel = tls::connect(&options.keyd, &trust, Some(&enrolment.identity), None).await?;
+            (channel, enrolment.roots, String::new())
         }
         None => {
             let read = |path: &Option<String>| std::fs::read_to_string(path.as_deref().unwrap_or_default());
             let trust = Trust::from_pem(&read(&options.ca)?)?;
-            let root = SnapshotRoot::from_base64(&read(&options.root)?)?;
+            let roots = RootChain::from_text(&read(&options.roots)?)?;
             (
-                tls::connect(&options.keyd, &trust, None).await?,
-                root,
+                tls::connect(&options.keyd, &trust, None, None).await?,
+                roots,
                 read(&options.token_file)?.trim().to_owned(),
             )
         }
@@ -114,9 +114,10 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
         datapath: Datapath::Userspace.into(),
         resume_epoch: 0,
         resume_version: 0,
+        snapshot_root: roots.newest().key.as_bytes().to_vec(),
     };
     let mut stream = AgentStream::open(channel, hello).await?;
-    let mut directory = Directory::new(root);
+    let mut directory = Directory::new(roots.newest().key);
     let key = proof::generate_private_key()?;
     let mut uid = String::new();
     let mut updates = 0;
@@ -154,6 +155,12 @@ async fn run(options: Options) -> Result<(), Box<dyn Error>> {
             Heard::Goodbye(goodbye) => return Err(goodbye.reason.into()),
             Heard::AskKey(ask) => print("ask-key", &ask.generation.to_string()),
             Heard::ForgetPsk(forget) => print("forget-psk", &forget.peer),
+            Heard::Roots(offered) => {
+                if let Followed::Further(further) = roots.follow(RootChain::parse(offered.roots)?)? {
+                    roots = further;
+                    directory.set_root(roots.newest().key);
+                }
+            }
             Heard::Question(question) => print("question", &question.request_json),
             Heard::Update(update) => {
                 if directory.apply(update)?.is_none() {

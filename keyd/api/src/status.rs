@@ -41,6 +41,8 @@ pub struct ClusterStatus {
     pub invalid_policies: u64,
     /// Number of distinct selectors in use.
     pub selectors: u64,
+    /// keyd's time, Unix milliseconds: what times here are to be compared with.
+    pub now_unix_ms: i64,
     /// Refused entries, malformed objects: a sentence each.
     pub problems: Vec<String>,
     /// The nodes, by name.
@@ -171,6 +173,7 @@ impl From<proto::StatusResponse> for ClusterStatus {
             policies: status.policies,
             invalid_policies: status.invalid_policies,
             selectors: status.selectors,
+            now_unix_ms: status.now_unix_ms,
             problems: status.problems,
             nodes,
         }

@@ -80,6 +80,8 @@ pub struct Counters {
     pub refused_identities: u64,
     /// MeshNodes that somebody else had set back.
     pub set_back: u64,
+    /// Addresses and prefixes of nodes.
+    pub refused_claims: u64,
     /// Changes of keys that were sent to be written.
     pub key_writes: u64,
     /// Incarnations of nodes whose keys became void.
@@ -115,6 +117,7 @@ pub struct Core {
     waiting: Vec<Waiting>,
     out: Vec<Output>,
     last_publish: u64,
+    refresh: bool,
     persisted_nodes: BTreeMap<NodeName, StoredNode>,
     persisted_identities: BTreeMap<IdentityId, Labels>,
     persisted_endpoints: BTreeMap<PodRef, StoredEndpoint>,
@@ -183,6 +186,7 @@ impl Core {
                 .map(|(number, _)| Output::Persist(Object::IdentityDelete(number)))
                 .collect(),
             last_publish: now,
+            refresh: false,
             refusals: BTreeMap::new(),
             counters: Counters::default(),
             machine: Machine::default(),
@@ -283,6 +287,10 @@ impl Core {
         if self.nodes.settle() {
             self.endpoints.nodes_changed();
         }
+        for refusal in self.nodes.take_refusals() {
+            self.counters.refused_claims += 1;
+            self.note(&refusal.node, "ClaimRefused", refusal.to_string());
+        }
         self.identities.collect(now);
         if self.identities.take_freed() {
             self.endpoints.numbers_freed();
@@ -291,7 +299,8 @@ impl Core {
             .settle(self.nodes.checked(), &mut self.identities, now);
         let early = std::mem::take(&mut self.out);
         let touched = self.persist();
-        let due = self.published.version() == 0
+        let due = std::mem::take(&mut self.refresh)
+            || self.published.version() == 0
             || now.saturating_sub(self.last_publish) >= self.settings.refresh_ms;
         // Taken out so that the closure may read the rest.
         let mut published = std::mem::take(&mut self.published);
@@ -341,6 +350,28 @@ impl Core {
                 .extend(self.endpoints.addresses_of(name).map(ipnet::IpNet::from));
         }
         Some(record)
+    }
+    /// The next [`Self::poll`] makes a version, whether anything has changed or not: for a fresh signature.
+    pub fn refresh(&mut self) {
+        self.refresh = true;
+    }
+    /// The stored object of a node is not what was written: it is written anew.
+    pub fn rewrite_node(&mut self, name: &NodeName) {
+        self.counters.set_back += 1;
+        self.persisted_nodes.remove(name);
+        self.nodes.touch(name);
+    }
+    /// The same of an identity; one that does not exist is deleted.
+    pub fn rewrite_identity(&mut self, number: IdentityId) {
+        let object = match self.identities.labels(number) {
+            Some(labels) => Object::Identity(number, labels.clone()),
+            None => Object::IdentityDelete(number),
+        };
+        self.out.push(Output::Persist(object));
+    }
+    /// The durable part of every node and tombstone.
+    pub fn stored_nodes(&self) -> Vec<StoredNode> {
+        self.persisted_nodes.values().cloned().collect()
     }
     /// Everything that is published.
     pub fn records(&self) -> impl Iterator<Item = &Record> {

@@ -226,7 +226,7 @@ impl Endpoints {
     pub(crate) fn nodes_changed(&mut self) {
         self.dirty.extend(self.instances.keys().cloned());
     }
-    /// CNI DEL on `node`; deleting what is absent is fine.
+    /// CNI DEL on `node`; deleting what is absent is fine. The error is the node on which the pod runs, where that is another.
     pub(crate) fn delete(
         &mut self,
         node: &NodeName,
@@ -234,10 +234,13 @@ impl Endpoints {
         addresses: &[IpAddr],
         identities: &mut Identities,
         now: u64,
-    ) {
-        let Some(instance) = self.instances.get(pod).filter(|instance| instance.node == *node) else {
-            return;
+    ) -> Result<(), NodeName> {
+        let Some(instance) = self.instances.get(pod) else {
+            return Ok(());
         };
+        if instance.node != *node {
+            return Err(instance.node.clone());
+        }
         let all = instance.wanted();
         let given_up: Vec<_> = if addresses.is_empty() {
             all.into_iter().collect()
@@ -251,6 +254,7 @@ impl Endpoints {
         if self.mode == Mode::StandAlone && self.instances.get(pod).is_some_and(|i| i.reported.is_empty()) {
             self.drop_instance(pod, identities, now);
         }
+        Ok(())
     }
     fn release(&mut self, pod: &PodRef, address: IpAddr) {
         if let Some(instance) = self.instances.get_mut(pod) {

@@ -27,6 +27,11 @@ impl Keys {
         }
     }
 
+    /// The owner of a key, if it is another node.
+    pub(crate) fn other_owner(&self, key: PublicKey, node: &NodeName) -> Option<NodeName> {
+        self.owners.get(&key).filter(|owner| *owner != node).cloned()
+    }
+
     /// Claims a proved key for a node, or says in one sentence why not.
     pub(crate) fn claim(&mut self, key: PublicKey, node: &NodeName) -> Result<(), String> {
         self.may_claim(key, node)?;

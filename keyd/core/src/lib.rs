@@ -20,6 +20,7 @@ mod publish;
 pub mod rotation;
 mod sessions;
 mod stored;
+mod timeline;
 
 pub use crate::{
     core::{Core, Counters, Revocation, Settings},
@@ -30,6 +31,7 @@ pub use crate::{
     labels::workload_labels,
     policy::MEMBERS_BLOCK,
     stored::{Object, Recovered, Revoked, StoredEndpoint, StoredNode, StoredRotation},
+    timeline::Timeline,
 };
 
 /// The epoch of a new leadership term: the stored one plus one, at least the Unix time in milliseconds, so that a

@@ -65,6 +65,8 @@ pub(crate) struct Nodes {
     claims: Claims,
     checked: BTreeMap<NodeName, NodeRecord>,
     refusals: Vec<Refusal>,
+    /// Those that are news.
+    new_refusals: Vec<Refusal>,
     next_order: u64,
     dirty: bool,
     /// Nodes whose durable part or record may have changed.
@@ -83,6 +85,7 @@ impl Nodes {
             claims: Claims::default(),
             checked: BTreeMap::new(),
             refusals: vec![],
+            new_refusals: vec![],
             next_order: 1,
             dirty: true,
             changed: BTreeSet::new(),
@@ -219,6 +222,11 @@ impl Nodes {
         true
     }
 
+    /// Claims that were refused since the last call.
+    pub(crate) fn take_refusals(&mut self) -> Vec<Refusal> {
+        std::mem::take(&mut self.new_refusals)
+    }
+
     /// Incarnations that came to their end since the last call.
     pub(crate) fn take_buried(&mut self) -> Vec<Buried> {
         std::mem::take(&mut self.buried)
@@ -319,6 +327,11 @@ impl Nodes {
                 self.changed.insert(name);
             }
         }
+        let news = checked
+            .refused
+            .iter()
+            .filter(|refusal| !self.refusals.contains(refusal));
+        self.new_refusals.extend(news.cloned());
         self.checked = checked.nodes;
         self.refusals = checked.refused;
         true

@@ -13,7 +13,7 @@ use super::{Hub, Order};
 use crate::{
     clock,
     key_writer::Write,
-    notes::Note,
+    notes::{About, Note},
     rotations::{exception_of, phase_name, waiting_for},
     store::ObjectName,
 };
@@ -230,10 +230,9 @@ impl Hub {
                 reason,
                 message,
             } => {
-                let uid = self.core.node_uid(&node).cloned();
+                let about = self.about(&node);
                 self.shell.notes.say(Note {
-                    node,
-                    uid,
+                    about,
                     reason,
                     message,
                 });
@@ -241,6 +240,11 @@ impl Hub {
             other => return Some(other),
         }
         None
+    }
+
+    /// A Node as what an Event is about.
+    pub(super) fn about(&self, node: &NodeName) -> About {
+        About::Node(node.clone(), self.core.node_uid(node).cloned())
     }
 
     pub(super) fn write_rotations(&mut self) {

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use warren_keyd_api::{
     convert::node_to_proto,
-    proto::{NodeStatus, PolicyStatus, StatusResponse},
+    proto::{AgentStatus, NodeStatus, PolicyStatus, StatusResponse},
 };
 use warren_keyd_core::{Record, RotationObject};
+use warren_model::NodeName;
 
 use super::{Hub, Order, STATUS_EVERY, keys::revocation_status};
 use crate::{metrics::Observation, node_status::Seen};
@@ -103,6 +104,33 @@ impl Hub {
                 open_rotations: self.open_rotations().count(),
             },
         );
+    }
+
+    /// What the agent of a node complains about that is news since its last report.
+    pub(super) fn pass_on_alarms(&self, node: &NodeName, before: Option<&AgentStatus>) {
+        let Some(now) = self.agents.get(node).and_then(|agent| agent.status.as_ref()) else {
+            return;
+        };
+        let none = AgentStatus::default();
+        let before = before.unwrap_or(&none);
+        let alarm = |reason, message| self.shell.notes.alarm(self.about(node), reason, message);
+        // A new process counts from zero.
+        if now.refused_updates > before.refused_updates {
+            let message = format!(
+                "the agent of node {node} has refused {} updates of the directory, forged, replayed or damaged",
+                now.refused_updates
+            );
+            alarm("SnapshotRefused", message);
+        }
+        if !now.trust_fault.is_empty() && now.trust_fault != before.trust_fault {
+            let fault: String = now.trust_fault.chars().take(512).collect();
+            alarm("TrustRefused", format!("the agent of node {node} says: {fault}"));
+        }
+        if now.expired && !before.expired {
+            let message =
+                format!("the directory of node {node} is older than it may be: it takes no new peers");
+            alarm("DirectoryExpired", message);
+        }
     }
 
     pub(super) fn write_conditions(&mut self) {

@@ -14,7 +14,7 @@ use warren_keyd_api::token::sha256;
 use warren_keyd_core::{Object, StoredEndpoint, StoredNode, next_epoch};
 use warren_model::{NodeKeys, NodeName, PodRef};
 
-use super::{Loaded, StatusWritten, objects};
+use super::{Loaded, StatusWritten, needs_write, objects, objects::Believed, renewal};
 use crate::{clock, files, trust::Trust};
 
 /// An endpoint's file.
@@ -50,28 +50,49 @@ impl FileStore {
     /// Starts a term: the stored epoch plus one, at least the time.
     pub(crate) fn begin_term(&self, holder: &str) -> anyhow::Result<u64> {
         let _lock = self.lock()?;
-        let path = self.folder.join("meshstate.yaml");
-        let last = self.epoch()?;
-        let epoch = next_epoch(last, clock::unix_ms());
-        let state = MeshState::new(
-            STATE_NAME,
-            MeshStateSpec {
-                epoch,
-                holder: holder.to_owned(),
-            },
-        );
-        write(&path, &state)?;
+        let last = self.state()?.unwrap_or_default();
+        clock::anchor(last.signed_unix_ms);
+        let signed_unix_ms = clock::unix_ms();
+        let epoch = next_epoch(last.epoch, signed_unix_ms);
+        self.write_state(MeshStateSpec {
+            epoch,
+            holder: holder.to_owned(),
+            signed_unix_ms,
+        })?;
         Ok(epoch)
+    }
+
+    /// Notes the time, unless the term is over.
+    pub(crate) fn note_time(&self, epoch: u64, signed_unix_ms: u64) -> anyhow::Result<()> {
+        let _lock = self.lock()?;
+        match self.state()? {
+            Some(state) if state.epoch == epoch => self.write_state(MeshStateSpec {
+                signed_unix_ms: signed_unix_ms.max(state.signed_unix_ms),
+                ..state
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn write_state(&self, spec: MeshStateSpec) -> anyhow::Result<()> {
+        write(
+            &self.folder.join("meshstate.yaml"),
+            &MeshState::new(STATE_NAME, spec),
+        )
+    }
+
+    fn state(&self) -> anyhow::Result<Option<MeshStateSpec>> {
+        let path = self.folder.join("meshstate.yaml");
+        let text = files::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Some(text) = text else { return Ok(None) };
+        let state: MeshState = serde_saphyr::from_str(&text)
+            .map_err(|error| anyhow::anyhow!("{} is damaged: {error}", path.display()))?;
+        Ok(Some(state.spec))
     }
 
     /// The stored epoch; 0 before the first term.
     pub(crate) fn epoch(&self) -> anyhow::Result<u64> {
-        let path = self.folder.join("meshstate.yaml");
-        let text = files::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let Some(text) = text else { return Ok(0) };
-        let state: MeshState = serde_saphyr::from_str(&text)
-            .map_err(|error| anyhow::anyhow!("{} is damaged: {error}", path.display()))?;
-        Ok(state.spec.epoch)
+        Ok(self.state()?.map_or(0, |state| state.epoch))
     }
 
     /// Held while an object is read, compared and written: another keyd may have been started on the same folder.
@@ -87,8 +108,12 @@ impl FileStore {
 
     /// The stored node; `None` where there is none that is ours.
     pub(crate) fn node(&self, name: &str) -> Option<StoredNode> {
+        self.believed(name).map(|believed| believed.node)
+    }
+
+    fn believed(&self, name: &str) -> Option<Believed> {
         let object: MeshNode = read(&self.node_path(name)).ok()?;
-        objects::stored_node(name, &object.spec, &self.trust.signer).ok()
+        objects::stored_node(name, &object.spec, &self.trust.signing()).ok()
     }
 
     fn node_path(&self, name: &str) -> PathBuf {
@@ -98,24 +123,29 @@ impl FileStore {
     fn write_node(
         &self,
         name: &str,
-        decide: impl Fn(Option<&StoredNode>) -> Option<StoredNode>,
+        decide: impl Fn(Option<&Believed>) -> Option<StoredNode>,
     ) -> anyhow::Result<Option<StoredNode>> {
         let _lock = self.lock()?;
-        let current = self.node(name);
-        match decide(current.as_ref()).filter(|new| Some(new) != current.as_ref()) {
+        let current = self.believed(name);
+        match decide(current.as_ref()).filter(|new| needs_write(current.as_ref(), new)) {
             Some(new) => {
-                write(
-                    &self.node_path(name),
-                    &objects::mesh_node(&new, &self.trust.signer),
-                )?;
+                let object = objects::mesh_node(&new, &self.trust.signing().signer);
+                write(&self.node_path(name), &object)?;
                 Ok(Some(new))
             }
-            None => Ok(current),
+            None => Ok(current.map(|current| current.node)),
         }
     }
 
     pub(crate) fn swap_keys(&self, was: &NodeKeys, node: &StoredNode) -> anyhow::Result<Option<StoredNode>> {
-        self.write_node(node.name.as_str(), |current| node.in_place_of(was, current))
+        self.write_node(node.name.as_str(), |current| {
+            node.in_place_of(was, current.map(|current| &current.node))
+        })
+    }
+
+    pub(crate) fn renew(&self, node: &StoredNode) -> anyhow::Result<()> {
+        self.write_node(node.name.as_str(), |current| renewal(node, current))
+            .map(drop)
     }
 
     fn rotation_path(&self, name: &str) -> PathBuf {
@@ -168,7 +198,7 @@ impl FileStore {
             loaded
                 .recovered
                 .nodes
-                .push(objects::stored_node(name, &object.spec, &self.trust.signer)?);
+                .push(objects::stored_node(name, &object.spec, &self.trust.signing())?.node);
         } else if name.starts_with("meshidentity-") {
             loaded
                 .recovered
@@ -190,7 +220,9 @@ impl FileStore {
     pub(crate) fn apply(&self, object: &Object) -> anyhow::Result<()> {
         match object {
             Object::Node(node) => self
-                .write_node(node.name.as_str(), |current| node.over(current))
+                .write_node(node.name.as_str(), |current| {
+                    node.over(current.map(|current| &current.node))
+                })
                 .map(drop),
             Object::Identity(number, labels) => {
                 let path = self.folder.join(format!("meshidentity-{number}.yaml"));

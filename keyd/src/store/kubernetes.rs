@@ -2,12 +2,12 @@
 //! (resource version): two leaders may believe in themselves. The others are server-side applies of whole objects, forced:
 //! nobody else writes them.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use anyhow::Context as _;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta};
 use kube::{
-    Api, Client,
+    Api, Client, Resource,
     api::{ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams},
 };
 use serde_json::json;
@@ -22,7 +22,12 @@ use warren_model::{
     policy::{PolicyKind, PolicyRef},
 };
 
-use super::{Loaded, StatusWritten, objects};
+use super::{
+    Loaded, StatusWritten, needs_write, objects,
+    objects::Believed,
+    odd::{Kind, Odd, Written},
+    renewal,
+};
 use crate::{clock, trust::Trust};
 
 /// Field manager of every write.
@@ -36,6 +41,7 @@ const ATTEMPTS: u32 = 10;
 pub(crate) struct KubeStore {
     client: Client,
     trust: Arc<Trust>,
+    written: Written,
 }
 
 /// Whether an API error is this HTTP code.
@@ -45,49 +51,105 @@ pub(crate) fn is_code(error: &kube::Error, code: u16) -> bool {
 
 impl KubeStore {
     pub(crate) fn new(client: Client, trust: Arc<Trust>) -> Self {
-        Self { client, trust }
+        Self {
+            client,
+            trust,
+            written: Written::default(),
+        }
     }
 
     /// Starts a term by compare-and-swap on the one MeshState object: whoever lost the race gets an error.
     pub(crate) async fn begin_term(&self, holder: &str) -> anyhow::Result<u64> {
         let api: Api<MeshState> = Api::all(self.client.clone());
         let stored = api.get_opt(STATE_NAME).await.context("cannot read MeshState")?;
-        let last = stored.as_ref().map_or(0, |state| state.spec.epoch);
-        let epoch = next_epoch(last, clock::unix_ms());
+        let last = stored
+            .as_ref()
+            .map(|state| state.spec.clone())
+            .unwrap_or_default();
+        clock::anchor(last.signed_unix_ms);
+        let signed_unix_ms = clock::unix_ms();
+        let epoch = next_epoch(last.epoch, signed_unix_ms);
         let spec = MeshStateSpec {
             epoch,
             holder: holder.to_owned(),
+            signed_unix_ms,
         };
         match stored {
-            None => drop(
-                api.create(&PostParams::default(), &MeshState::new(STATE_NAME, spec))
-                    .await
-                    .context("cannot create MeshState")?,
-            ),
+            None => {
+                let state = MeshState::new(STATE_NAME, spec);
+                let created = api.create(&PostParams::default(), &state).await;
+                let created = created.context("cannot create MeshState")?;
+                self.written.note(Kind::State, &created.metadata);
+            }
             Some(mut state) => {
                 // The resource version in the metadata makes this the compare-and-swap.
                 state.spec = spec;
                 let replaced = api.replace(STATE_NAME, &PostParams::default(), &state).await;
-                replaced.context("cannot raise the epoch in MeshState")?;
+                let replaced = replaced.context("cannot raise the epoch in MeshState")?;
+                self.written.note(Kind::State, &replaced.metadata);
             }
         }
         Ok(epoch)
     }
 
+    /// Notes the time, unless the term is over.
+    pub(crate) async fn note_time(&self, epoch: u64, signed_unix_ms: u64) -> anyhow::Result<()> {
+        let api: Api<MeshState> = Api::all(self.client.clone());
+        let stored = api.get_opt(STATE_NAME).await.context("cannot read MeshState")?;
+        let Some(mut state) = stored.filter(|state| state.spec.epoch == epoch) else {
+            return Ok(());
+        };
+        state.spec.signed_unix_ms = signed_unix_ms.max(state.spec.signed_unix_ms);
+        match api.replace(STATE_NAME, &PostParams::default(), &state).await {
+            // Another term has begun meanwhile, most likely.
+            Ok(written) => {
+                self.written.note(Kind::State, &written.metadata);
+                Ok(())
+            }
+            Err(error) if !is_code(&error, 409) => Err(error).context("cannot write MeshState"),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// What somebody else has done to our objects since they were read or written. `keyd_id`: who we are.
+    pub(crate) async fn odd(&self, keyd_id: &str) -> anyhow::Result<BTreeSet<Odd>> {
+        fn metadata<K: Resource>(objects: Vec<K>) -> Vec<ObjectMeta> {
+            let meta = |object: &K| object.meta().clone();
+            objects.iter().map(meta).collect()
+        }
+        let states = list(Api::<MeshState>::all(self.client.clone())).await?;
+        // In another keyd's term its objects are not ours to judge.
+        if states.iter().any(|state| state.spec.holder != keyd_id) {
+            return Ok(BTreeSet::new());
+        }
+        let mut odd = self.written.odd(Kind::State, &metadata(states));
+        let nodes = list(Api::<MeshNode>::all(self.client.clone())).await?;
+        odd.extend(self.written.odd(Kind::Node, &metadata(nodes)));
+        let identities = list(Api::<MeshIdentity>::all(self.client.clone())).await?;
+        odd.extend(self.written.odd(Kind::Identity, &metadata(identities)));
+        Ok(odd)
+    }
+
     pub(crate) async fn load(&self) -> anyhow::Result<Loaded> {
         let mut loaded = Loaded::default();
+        let signing = self.trust.signing();
+        self.written.begin();
         for node in list(Api::<MeshNode>::all(self.client.clone()))
             .await
             .context("cannot list MeshNodes")?
         {
             let name = node.metadata.name.clone().unwrap_or_default();
-            match objects::stored_node(&name, &node.spec, &self.trust.signer) {
-                Ok(node) => loaded.recovered.nodes.push(node),
+            match objects::stored_node(&name, &node.spec, &signing) {
+                Ok(believed) => {
+                    self.written.note(Kind::Node, &node.metadata);
+                    loaded.recovered.nodes.push(believed.node);
+                }
                 Err(error) => loaded.problems.push(format!("MeshNode {name}: {error:#}")),
             }
         }
         let identities = list(Api::<MeshIdentity>::all(self.client.clone())).await;
         for identity in identities.context("cannot list MeshIdentities")? {
+            self.written.note(Kind::Identity, &identity.metadata);
             loaded.recovered.identities.push(identity.identity());
         }
         self.load_rotations(&mut loaded).await?;
@@ -99,19 +161,20 @@ impl KubeStore {
     async fn write_node(
         &self,
         name: &str,
-        decide: impl Fn(Option<&StoredNode>) -> Option<StoredNode>,
+        decide: impl Fn(Option<&Believed>) -> Option<StoredNode>,
     ) -> anyhow::Result<Option<StoredNode>> {
         let api: Api<MeshNode> = Api::all(self.client.clone());
         for attempt in 1.. {
             let found = api.get_opt(name).await?;
-            let signer = &self.trust.signer;
+            let signing = self.trust.signing();
             let current = found
                 .as_ref()
-                .and_then(|found| objects::stored_node(name, &found.spec, signer).ok());
-            let Some(new) = decide(current.as_ref()).filter(|new| Some(new) != current.as_ref()) else {
-                return Ok(current);
+                .and_then(|found| objects::stored_node(name, &found.spec, &signing).ok());
+            let wanted = decide(current.as_ref()).filter(|new| needs_write(current.as_ref(), new));
+            let Some(new) = wanted else {
+                return Ok(current.map(|current| current.node));
             };
-            let mut object = objects::mesh_node(&new, signer);
+            let mut object = objects::mesh_node(&new, &signing.signer);
             let params = PostParams {
                 field_manager: Some(MANAGER.into()),
                 ..PostParams::default()
@@ -126,7 +189,10 @@ impl KubeStore {
                 None => api.create(&params, &object).await,
             };
             match written {
-                Ok(_) => return Ok(Some(new)),
+                Ok(written) => {
+                    self.written.note(Kind::Node, &written.metadata);
+                    return Ok(Some(new));
+                }
                 Err(error) if is_code(&error, 409) && attempt < ATTEMPTS => {}
                 Err(error) => return Err(error.into()),
             }
@@ -139,14 +205,24 @@ impl KubeStore {
         was: &NodeKeys,
         node: &StoredNode,
     ) -> anyhow::Result<Option<StoredNode>> {
-        self.write_node(node.name.as_str(), |current| node.in_place_of(was, current))
+        self.write_node(node.name.as_str(), |current| {
+            node.in_place_of(was, current.map(|current| &current.node))
+        })
+        .await
+    }
+
+    pub(crate) async fn renew(&self, node: &StoredNode) -> anyhow::Result<()> {
+        self.write_node(node.name.as_str(), |current| renewal(node, current))
             .await
+            .map(drop)
     }
 
     pub(crate) async fn node(&self, name: &str) -> anyhow::Result<Option<StoredNode>> {
         let api: Api<MeshNode> = Api::all(self.client.clone());
         let found = api.get_opt(name).await?;
-        Ok(found.and_then(|found| objects::stored_node(name, &found.spec, &self.trust.signer).ok()))
+        let signing = self.trust.signing();
+        let believed = found.and_then(|found| objects::stored_node(name, &found.spec, &signing).ok());
+        Ok(believed.map(|believed| believed.node))
     }
 
     pub(crate) async fn epoch(&self) -> anyhow::Result<u64> {
@@ -200,26 +276,45 @@ impl KubeStore {
         Ok(())
     }
 
+    fn identities(&self) -> Api<MeshIdentity> {
+        Api::all(self.client.clone())
+    }
+
+    async fn delete_identity(&self, name: &str) -> anyhow::Result<()> {
+        match self.identities().delete(name, &DeleteParams::default()).await {
+            Err(error) if !is_code(&error, 404) => Err(error.into()),
+            _ => {
+                self.written.forget(Kind::Identity, name);
+                Ok(())
+            }
+        }
+    }
+
     pub(crate) async fn apply(&self, object: &Object) -> anyhow::Result<()> {
         let params = PatchParams::apply(MANAGER).force();
         match object {
             Object::Node(node) => drop(
-                self.write_node(node.name.as_str(), |current| node.over(current))
-                    .await?,
+                self.write_node(node.name.as_str(), |current| {
+                    node.over(current.map(|current| &current.node))
+                })
+                .await?,
             ),
             Object::Identity(number, labels) => {
-                let object = MeshIdentity::of(*number, labels);
-                let api: Api<MeshIdentity> = Api::all(self.client.clone());
-                api.patch(&number.to_string(), &params, &Patch::Apply(&object))
-                    .await?;
-            }
-            Object::IdentityDelete(number) => {
-                let api: Api<MeshIdentity> = Api::all(self.client.clone());
-                match api.delete(&number.to_string(), &DeleteParams::default()).await {
-                    Err(error) if !is_code(&error, 404) => return Err(error.into()),
-                    _ => {}
+                let (object, name) = (MeshIdentity::of(*number, labels), number.to_string());
+                let (api, apply) = (self.identities(), Patch::Apply(&object));
+                let mut written = api.patch(&name, &params, &apply).await;
+                // The API server lets labels never change: one that somebody else has made goes first.
+                let foreign = match &written {
+                    Ok(written) => written.spec != object.spec,
+                    Err(error) => is_code(error, 422),
+                };
+                if foreign {
+                    self.delete_identity(&name).await?;
+                    written = api.patch(&name, &params, &apply).await;
                 }
+                self.written.note(Kind::Identity, &written?.metadata);
             }
+            Object::IdentityDelete(number) => self.delete_identity(&number.to_string()).await?,
             // The API knows pod addresses; the status of a rotation goes with it.
             Object::Endpoint(_) | Object::EndpointDelete(_) | Object::RotationDelete(_) => {}
         }

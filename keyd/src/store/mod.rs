@@ -3,17 +3,21 @@
 mod files;
 mod kubernetes;
 mod objects;
+mod odd;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 pub(crate) use files::FileStore;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 pub(crate) use kubernetes::{KubeStore, MANAGER, is_code};
+pub(crate) use odd::{Kind, Odd};
+use tokio::sync::mpsc;
 use warren_crds::{KeyRotationStatus, MeshNodeStatus};
 use warren_keyd_core::{Object, Recovered, StoredNode, StoredRotation};
 use warren_model::{NodeKeys, policy::PolicyRef};
 
-use crate::rotations::progress;
+use self::objects::Believed;
+use crate::{guard, hub, rotations::progress};
 
 /// A store. Writes are idempotent.
 #[derive(Clone)]
@@ -74,7 +78,28 @@ pub(crate) enum StatusWritten {
     Gone,
 }
 
+/// Whether a node has to be written: it is another, or a former key has signed it.
+fn needs_write(current: Option<&Believed>, new: &StoredNode) -> bool {
+    current.is_none_or(|current| current.node != *new || !current.renewed)
+}
+
+/// What to write where a node's signature is to be renewed; nothing where it has been written since.
+fn renewal(node: &StoredNode, current: Option<&Believed>) -> Option<StoredNode> {
+    match current {
+        Some(current) if current.renewed => None,
+        current => node.over(current.map(|current| &current.node)),
+    }
+}
+
 impl Store {
+    /// Signs a node anew that a former key has signed.
+    pub(crate) async fn renew(&self, node: &StoredNode) -> anyhow::Result<()> {
+        match self {
+            Self::Files(store) => store.renew(node),
+            Self::Kubernetes(store) => store.renew(node).await,
+        }
+    }
+
     /// Writes a node with changed keys, if those that are stored are still `was`. Returns what is stored then; `None`: nothing
     /// that is ours. After an error it is not known what is stored.
     pub(crate) async fn swap_keys(
@@ -93,6 +118,36 @@ impl Store {
         match self {
             Self::Files(store) => Ok(store.node(name)),
             Self::Kubernetes(store) => store.node(name).await,
+        }
+    }
+
+    /// Looks after the objects; a folder is root's alone.
+    pub(crate) fn guard(
+        &self,
+        hub: mpsc::WeakSender<hub::Command>,
+        keyd_id: &str,
+    ) -> impl Future<Output = ()> + Send + 'static {
+        let (store, keyd_id) = (self.clone(), keyd_id.to_owned());
+        async move {
+            if let Self::Kubernetes(store) = store {
+                guard::watch(store, hub, keyd_id).await;
+            }
+        }
+    }
+
+    /// How often the time is worth a note: what is not noted is lost with the process and a wrong clock.
+    pub(crate) fn note_every(&self) -> Duration {
+        match self {
+            Self::Files(_) => Duration::from_secs(60),
+            Self::Kubernetes(_) => Duration::from_secs(3600),
+        }
+    }
+
+    /// Notes a time that was reached, unless the term is over.
+    pub(crate) async fn note_time(&self, epoch: u64, signed_unix_ms: u64) -> anyhow::Result<()> {
+        match self {
+            Self::Files(store) => store.note_time(epoch, signed_unix_ms),
+            Self::Kubernetes(store) => store.note_time(epoch, signed_unix_ms).await,
         }
     }
 

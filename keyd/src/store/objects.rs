@@ -6,6 +6,8 @@ use warren_crds::{MeshNode, MeshNodeSpec, RevokedKeys, signed_bytes};
 use warren_keyd_api::snapshot::ManifestSigner;
 use warren_keyd_core::{Revoked, StoredNode};
 
+use crate::trust::Signing;
+
 /// Domain separation of a MeshNode's signature.
 const LABEL: &[u8] = b"warren-meshnode-v1";
 
@@ -40,18 +42,27 @@ pub(crate) fn mesh_node(node: &StoredNode, signer: &ManifestSigner) -> MeshNode 
     MeshNode::new(name, spec)
 }
 
+/// A node that is believed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Believed {
+    pub(crate) node: StoredNode,
+    /// Signed by the key that signs now, not by one before it.
+    pub(crate) renewed: bool,
+}
+
 /// Believes an object only with our signature.
-pub(crate) fn stored_node(
-    name: &str,
-    spec: &MeshNodeSpec,
-    signer: &ManifestSigner,
-) -> anyhow::Result<StoredNode> {
+pub(crate) fn stored_node(name: &str, spec: &MeshNodeSpec, signing: &Signing) -> anyhow::Result<Believed> {
     let signature = STANDARD.decode(&spec.signature).unwrap_or_default();
-    signer
-        .root()
-        .verify(LABEL, &signed_bytes(name, spec), &signature)
-        .ok()
+    let signer = signing
+        .object_signer(LABEL, &signed_bytes(name, spec), &signature)
         .context("it is not signed by keyd; it is ignored and will be replaced")?;
+    Ok(Believed {
+        node: unsigned_node(name, spec)?,
+        renewed: signer == signing.generation(),
+    })
+}
+
+fn unsigned_node(name: &str, spec: &MeshNodeSpec) -> anyhow::Result<StoredNode> {
     let revoked = spec.revoked.iter().map(|revoked| {
         Ok(Revoked {
             uid: revoked.node_uid.as_str().into(),
@@ -76,10 +87,14 @@ mod tests {
     use warren_model::{NodeRecord, SlotKey};
 
     use super::*;
+    use crate::trust::Trust;
 
-    #[test]
-    fn only_signed_objects_are_believed() {
-        let signer = ManifestSigner::generate().unwrap();
+    #[tokio::test]
+    async fn only_signed_objects_are_believed() {
+        let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let trust = Trust::in_folder(folders[0].path()).await.unwrap();
+        let stranger = Trust::in_folder(folders[1].path()).await.unwrap().signing();
+        let signing = trust.signing();
         let record = NodeRecord {
             name: "a".into(),
             uid: "u".into(),
@@ -102,6 +117,7 @@ mod tests {
             uid: "old".into(),
             keys: vec![key],
         }];
+        let next = trust.store_next().await.unwrap();
         for record in [Some(record), None] {
             let node = StoredNode {
                 name: "a".into(),
@@ -110,14 +126,19 @@ mod tests {
                 record,
                 revoked: revoked.clone(),
             };
-            let object = mesh_node(&node, &signer);
-            assert_eq!(stored_node("a", &object.spec, &signer).unwrap(), node);
-            assert!(stored_node("b", &object.spec, &signer).is_err());
+            let object = mesh_node(&node, &signing.signer);
+            let believed =
+                |name: &str, spec: &MeshNodeSpec, signing: &Signing| stored_node(name, spec, signing);
+            let mut expected = Believed { node, renewed: true };
+            assert_eq!(believed("a", &object.spec, &signing).unwrap(), expected);
+            assert!(believed("b", &object.spec, &signing).is_err());
             let mut changed = object.spec.clone();
             changed.order = 1;
-            assert!(stored_node("a", &changed, &signer).is_err());
-            let stranger = ManifestSigner::generate().unwrap();
-            assert!(stored_node("a", &object.spec, &stranger).is_err());
+            assert!(believed("a", &changed, &signing).is_err());
+            assert!(believed("a", &object.spec, &stranger).is_err());
+            // The next key's keyd still believes it, and knows that it is to be signed anew.
+            expected.renewed = false;
+            assert_eq!(believed("a", &object.spec, &next).unwrap(), expected);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A real keyd process over real TLS on loopback, and agents of every kind.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
@@ -17,10 +18,10 @@ use warren_keyd_api::{
     proof,
     proto::{
         Applied, CreateJoinTokenRequest, Datapath, EndpointAdd, EndpointDelete, EndpointResult, Hello,
-        KeyChallenge, KeyOffer, KeyProof, KeyResult, StatusRequest, StatusResponse,
+        KeyChallenge, KeyOffer, KeyProof, KeyResult, Roots, StatusRequest, StatusResponse,
         agent_message::Body as Say, keyd_message::Body as Heard,
     },
-    snapshot::{Directory, SnapshotRoot},
+    snapshot::{Directory, Followed, RootChain, SnapshotRoot},
     stream::AgentStream,
     tls::{self, ClientIdentity, Enrolment, Trust},
     token::JoinToken,
@@ -42,6 +43,7 @@ pub(crate) struct Keyd {
     child: Child,
     pub(crate) dir: tempfile::TempDir,
     pub(crate) address: String,
+    metrics: String,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -56,11 +58,17 @@ impl Keyd {
         fs::create_dir(dir.path().join("m")).unwrap();
         fs::write(dir.path().join("cluster.yaml"), format!("{CONFIG}{config}")).unwrap();
         fs::write(dir.path().join("m/cluster.yaml"), manifests).unwrap();
-        let (child, address, log) = spawn(dir.path());
+        let Spawned {
+            child,
+            address,
+            metrics,
+            log,
+        } = spawn(dir.path());
         Self {
             child,
             dir,
             address,
+            metrics,
             log,
         }
     }
@@ -69,18 +77,41 @@ impl Keyd {
     pub(crate) fn restart(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        let (child, address, log) = spawn(self.dir.path());
-        self.child = child;
-        self.address = address;
-        self.log = log;
+        let spawned = spawn(self.dir.path());
+        self.child = spawned.child;
+        self.address = spawned.address;
+        self.metrics = spawned.metrics;
+        self.log = spawned.log;
+    }
+
+    /// How often each alarm was counted, by its reason.
+    pub(crate) async fn alarms(&self) -> BTreeMap<String, u64> {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(&self.metrics).await.unwrap();
+        let request = b"GET /metrics HTTP/1.0\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.unwrap();
+        let alarms = text.lines().filter_map(|line| {
+            let rest = line.strip_prefix("warren_keyd_alarms_total{reason=\"")?;
+            let (reason, count) = rest.split_once("\"} ")?;
+            Some((reason.to_owned(), count.parse().ok()?))
+        });
+        alarms.collect()
     }
 
     /// Starts another keyd on the same folders, as if nobody had noticed that there is one.
     pub(crate) fn second(&self) -> Second {
-        let (child, address, log) = spawn(self.dir.path());
+        let Spawned {
+            child,
+            address,
+            metrics,
+            log,
+        } = spawn(self.dir.path());
         Second {
             child: Some(child),
             address,
+            metrics,
             log,
         }
     }
@@ -161,6 +192,7 @@ impl Keyd {
 pub(crate) struct Second {
     child: Option<Child>,
     address: String,
+    metrics: String,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -173,6 +205,7 @@ impl Second {
             assert!(!status.success(), "{status}");
         }
         first.address.clone_from(&self.address);
+        first.metrics.clone_from(&self.metrics);
         first.log = self.log.clone();
     }
 }
@@ -193,7 +226,15 @@ impl Drop for Keyd {
     }
 }
 
-fn spawn(dir: &Path) -> (Child, String, Arc<Mutex<Vec<String>>>) {
+/// A process, where it listens, and what it says.
+struct Spawned {
+    child: Child,
+    address: String,
+    metrics: String,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+fn spawn(dir: &Path) -> Spawned {
     let mut child = Command::new(env!("CARGO_BIN_EXE_keyd"))
         .arg("run")
         .args([
@@ -218,15 +259,17 @@ fn spawn(dir: &Path) -> (Child, String, Arc<Mutex<Vec<String>>>) {
         .unwrap();
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let mut early = vec![];
+    let mut metrics = None;
     let address = loop {
         let Some(Ok(line)) = lines.next() else {
             panic!("keyd ended: {early:#?}")
         };
-        let bound = line
-            .split("bound=")
-            .nth(1)
-            .and_then(|rest| rest.split(' ').next())
-            .map(str::to_owned);
+        let word = |key: &str| {
+            let rest = line.split(key).nth(1)?;
+            rest.split(' ').next().map(str::to_owned)
+        };
+        metrics = word("metrics=").or(metrics);
+        let bound = word("bound=");
         early.push(line);
         if let Some(bound) = bound {
             break bound;
@@ -239,7 +282,12 @@ fn spawn(dir: &Path) -> (Child, String, Arc<Mutex<Vec<String>>>) {
             sink.lock().unwrap().push(line);
         }
     });
-    (child, address, log)
+    Spawned {
+        child,
+        address,
+        metrics: metrics.expect("keyd says where its metrics are"),
+        log,
+    }
 }
 
 /// A Node manifest.
@@ -269,7 +317,7 @@ pub(crate) type Refused = String;
 /// A channel with a client certificate.
 pub(crate) async fn channel(address: &str, enrolment: &Enrolment) -> Channel {
     let trust = Trust::Ca(enrolment.ca_der.clone().into());
-    tls::connect(address, &trust, Some(&enrolment.identity))
+    tls::connect(address, &trust, Some(&enrolment.identity), None)
         .await
         .unwrap()
 }
@@ -283,6 +331,7 @@ pub(crate) fn hello(node: &str) -> Hello {
         datapath: Datapath::Userspace.into(),
         resume_epoch: 0,
         resume_version: 0,
+        snapshot_root: vec![],
     }
 }
 
@@ -290,6 +339,8 @@ pub(crate) fn hello(node: &str) -> Hello {
 pub(crate) struct Agent {
     pub(crate) stream: AgentStream,
     pub(crate) directory: Directory,
+    /// The snapshot roots that it has pinned; `None` follows nobody.
+    pub(crate) roots: Option<RootChain>,
     pub(crate) uid: String,
     /// Answers each update with Applied.
     pub(crate) acknowledge: bool,
@@ -298,18 +349,31 @@ pub(crate) struct Agent {
 
 impl Agent {
     pub(crate) async fn connect(address: &str, node: &str, enrolment: &Enrolment) -> Self {
-        Self::open(
-            channel(address, enrolment).await,
-            hello(node),
-            enrolment.snapshot_root,
-        )
-        .await
-        .unwrap()
+        Self::open(channel(address, enrolment).await, hello(node), enrolment.root())
+            .await
+            .unwrap()
     }
 
     /// Says this Hello; waits for the first update.
     pub(crate) async fn open(channel: Channel, hello: Hello, root: SnapshotRoot) -> Result<Self, Refused> {
         Self::open_on(channel, hello, Directory::new(root)).await
+    }
+
+    /// As [`Self::open_on`], with pinned roots.
+    pub(crate) async fn resume(
+        (address, node): (&str, &str),
+        enrolment: &Enrolment,
+        directory: Directory,
+        roots: RootChain,
+    ) -> Result<Self, Refused> {
+        let (resume_epoch, resume_version) = directory.position();
+        let hello = Hello {
+            resume_epoch,
+            resume_version,
+            snapshot_root: roots.newest().key.as_bytes().to_vec(),
+            ..hello(node)
+        };
+        Self::begin(channel(address, enrolment).await, hello, directory, Some(roots)).await
     }
 
     /// As [`Self::open`], on a directory that may hold something already.
@@ -318,12 +382,22 @@ impl Agent {
         hello: Hello,
         directory: Directory,
     ) -> Result<Self, Refused> {
+        Self::begin(channel, hello, directory, None).await
+    }
+
+    async fn begin(
+        channel: Channel,
+        hello: Hello,
+        directory: Directory,
+        roots: Option<RootChain>,
+    ) -> Result<Self, Refused> {
         let stream = AgentStream::open(channel, hello)
             .await
             .map_err(|status| status.message().to_owned())?;
         let mut agent = Self {
             stream,
             directory,
+            roots,
             uid: String::new(),
             acknowledge: true,
             request_id: 0,
@@ -332,9 +406,12 @@ impl Agent {
             Heard::Welcome(welcome) => agent.uid = welcome.node_uid,
             other => panic!("expected Welcome, got {other:?}"),
         }
-        match agent.next().await? {
-            Heard::Update(_) => Ok(agent),
-            other => panic!("expected Update, got {other:?}"),
+        loop {
+            match agent.next().await? {
+                Heard::Update(_) => return Ok(agent),
+                Heard::Roots(_) => {}
+                other => panic!("expected Update, got {other:?}"),
+            }
         }
     }
 
@@ -347,6 +424,7 @@ impl Agent {
             .map_err(|status| status.message().to_owned())?
             .ok_or("the stream ended")?;
         match &body {
+            Heard::Roots(roots) => self.follow(roots.clone())?,
             Heard::Update(update) => {
                 let applied = self
                     .directory
@@ -361,6 +439,18 @@ impl Agent {
             _ => {}
         }
         Ok(body)
+    }
+
+    /// What an agent makes of a chain of roots.
+    fn follow(&mut self, roots: Roots) -> Result<(), Refused> {
+        let offered = RootChain::parse(roots.roots).map_err(|error| error.to_string())?;
+        let Some(pinned) = &self.roots else { return Ok(()) };
+        let followed = pinned.follow(offered).map_err(|error| error.to_string())?;
+        if let Followed::Further(roots) = followed {
+            self.directory.set_root(roots.newest().key);
+            self.roots = Some(roots);
+        }
+        Ok(())
     }
 
     /// Reads until a message is as wanted.

@@ -156,7 +156,7 @@ impl Runner {
 
     async fn talk(&self, address: &str) {
         let trust = warren_keyd_api::tls::Trust::Ca(self.enrolment.ca_der.clone().into());
-        if warren_keyd_api::tls::connect(address, &trust, Some(&self.enrolment.identity))
+        if warren_keyd_api::tls::connect(address, &trust, Some(&self.enrolment.identity), None)
             .await
             .is_err()
         {
@@ -166,7 +166,7 @@ impl Runner {
         let Ok(mut stream) = AgentStream::open(channel, hello(&self.name)).await else {
             return;
         };
-        let mut directory = Directory::new(self.enrolment.snapshot_root);
+        let mut directory = Directory::new(self.enrolment.root());
         let mut uid = NodeUid::from("");
         let mut told = Vec::new();
         let mut said_held = None;

@@ -475,6 +475,16 @@ pub struct PeerStatus {
     pub no_pre_shared_key: Option<String>,
 }
 
+/// The snapshot root that is pinned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RootStatus {
+    /// 1 for the cluster's first.
+    pub generation: u64,
+    /// Its ed25519 public key, base64.
+    pub key: String,
+}
+
 /// State of the agent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -489,6 +499,18 @@ pub struct AgentStatus {
     pub keyd: Option<String>,
     /// Snapshot applied: epoch and version.
     pub snapshot: Option<(u64, u64)>,
+    /// The root that snapshots must be signed by.
+    #[serde(default)]
+    pub root: Option<RootStatus>,
+    /// For how long the directory's time is over; `None` while it is good.
+    #[serde(default)]
+    pub expired_seconds: Option<u64>,
+    /// What is mounted, or what `keyd` names, is not what this node has pinned.
+    #[serde(default)]
+    pub trust_fault: Option<String>,
+    /// Updates of the directory that were refused: forged, replayed or damaged.
+    #[serde(default)]
+    pub refused_updates: u64,
     /// Actions that failed and are tried again: a sentence each.
     pub failing: Vec<String>,
     /// Entries of the directory that this agent refuses, malformed input: a sentence each.

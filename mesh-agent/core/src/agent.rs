@@ -16,6 +16,7 @@ use crate::{
     desired::{Inputs, desired},
     directory::{Change, Directory},
     endpoint::{Endpoint, EndpointKey, Endpoints},
+    frozen::Frozen,
     index::NodeIndexes,
     plan::plan,
     policy::LocalEndpoint,
@@ -39,6 +40,8 @@ pub struct Settings {
 pub struct Agent {
     settings: Settings,
     directory: Option<(Directory, Checked)>,
+    /// The directory's time is over.
+    frozen: Option<Frozen>,
     endpoints: Endpoints,
     keyring: Keyring,
     pairs: Pairs,
@@ -68,6 +71,7 @@ impl Agent {
             pairs: Pairs::default(),
             exchanges: Exchanges::default(),
             directory: None,
+            frozen: None,
             endpoints: Endpoints::default(),
             indexes: NodeIndexes::default(),
             given: BTreeMap::new(),
@@ -89,7 +93,7 @@ impl Agent {
     /// The directory changed: this is all of it. The rules are applied here once more, `keyd`'s word is not
     /// enough.
     pub fn set_directory(&mut self, directory: Directory) {
-        let checked = directory::check(&self.settings.config, directory.nodes.values());
+        let checked = self.check(&directory);
         self.directory = Some((directory, checked));
         self.unplanned = true;
     }
@@ -97,10 +101,34 @@ impl Agent {
     /// The directory changed, by so much; the first change has to be a whole directory.
     pub fn change_directory(&mut self, change: &Change) {
         self.unplanned |= change.concerns_mesh();
-        let (directory, checked) = self.directory.get_or_insert_default();
+        let (mut directory, mut checked) = self.directory.take().unwrap_or_default();
         if directory.apply(change) {
-            *checked = directory::check(&self.settings.config, directory.nodes.values());
+            checked = self.check(&directory);
         }
+        self.directory = Some((directory, checked));
+    }
+
+    fn check(&self, directory: &Directory) -> Checked {
+        let config = &self.settings.config;
+        let mut checked = directory::check(config, directory.nodes.values());
+        if let Some(frozen) = &self.frozen {
+            frozen.apply(&mut checked, &self.settings.node, config.snapshot_hard_fail);
+        }
+        checked
+    }
+
+    /// The directory's time is over, or it is good. While it is over, the peers that there are stay, and changes take none
+    /// that is new; with `snapshotHardFail` there are none. Returns whether that is news.
+    pub fn set_expired(&mut self, expired: bool) -> bool {
+        if expired == self.frozen.is_some() {
+            return false;
+        }
+        let checked = self.directory.as_ref().map(|(_, checked)| checked);
+        self.frozen = expired.then(|| Frozen::new(checked));
+        if let Some((directory, _)) = self.directory.take() {
+            self.set_directory(directory);
+        }
+        true
     }
 
     /// The directory's epoch and version; `None` until one is known.

@@ -4,12 +4,14 @@ mod common;
 
 use std::{net::SocketAddr, time::Duration};
 
-use common::{apply, bare, barred, comparable, config, converge, covered, directory, key, link, node};
-use warren_agent_core::{
-    Action, Agent, Change, Endpoint, EndpointKey, EntryKey, LinkKind, NodePath, Observed, Programs, Route,
-    RouteKey, Table, metric, mismatches,
+use common::{
+    agent_with, apply, bare, barred, comparable, config, converge, covered, directory, key, link, node,
 };
-use warren_model::{IdentityId, PodRef, WorkloadRecord};
+use warren_agent_core::{
+    Action, Agent, Change, Endpoint, EndpointKey, Entry, EntryKey, LinkKind, NodePath, Observed, Programs,
+    Route, RouteKey, State, Table, metric, mismatches,
+};
+use warren_model::{ClusterConfig, IdentityId, NodeRecord, PodRef, WorkloadRecord};
 
 fn agent() -> Agent {
     common::agent_with(config())
@@ -511,4 +513,92 @@ fn node_indexes_survive_a_restart() {
         observed.state.paths.values().collect::<Vec<_>>(),
         [&NodePath { slot: 0, receive: 1 }]
     );
+}
+
+/// The change that a directory is, to another one.
+fn change(nodes: Vec<NodeRecord>, removes: &[&str], whole: bool) -> Change {
+    Change {
+        epoch: 1,
+        version: 9,
+        whole,
+        upserts: nodes.into_iter().map(Entry::Node).collect(),
+        removes: removes
+            .iter()
+            .map(|name| EntryKey::Node((*name).into()))
+            .collect(),
+        ..Change::default()
+    }
+}
+
+#[test]
+fn a_directory_whose_time_is_over_keeps_its_peers_and_takes_no_new_ones() {
+    let mut agent = agent();
+    agent.set_directory(directory(1, vec![node(1), node(2), node(3), node(4)]));
+    let mut machine = bare();
+    converge(&mut agent, &mut machine);
+    let before = machine.state.clone();
+    assert!(agent.set_expired(true));
+    assert!(!agent.set_expired(true));
+    assert!(
+        agent.plan(&machine, Duration::ZERO).is_empty(),
+        "the peers that there are stay"
+    );
+
+    // A new node, a new incarnation, a new key, a prefix and an address that were another's: nothing of it is taken. Who is
+    // gone is gone.
+    let mut reborn = node(3);
+    reborn.uid = "another".into();
+    let mut moved = node(2);
+    moved.slots[0].public_key = key(99);
+    moved.prefixes.push("10.244.4.0/24".parse().unwrap());
+    moved.addresses.push("172.30.0.9".parse().unwrap());
+    moved.endpoints = vec!["172.30.0.9".parse().unwrap()];
+    agent.change_directory(&change(vec![node(5), reborn, moved], &["node4"], false));
+    converge(&mut agent, &mut machine);
+    let peers: Vec<_> = machine.state.devices[&0]
+        .wireguard
+        .peers
+        .keys()
+        .copied()
+        .collect();
+    assert!(peers.is_empty(), "{peers:?}");
+    let owned = |state: &State, prefix: &str| state.owners.contains_key(&prefix.parse().unwrap());
+    assert!(owned(&machine.state, "10.244.2.0/24"));
+    for gone in ["10.244.3.0/24", "10.244.4.0/24", "10.244.5.0/24"] {
+        assert!(!owned(&machine.state, gone), "{gone}");
+    }
+    // What was there comes back with the directory that has it, the rest only when the time is good.
+    agent.change_directory(&change(vec![node(2), node(3), node(4), node(5)], &[], false));
+    converge(&mut agent, &mut machine);
+    assert_eq!(
+        machine.state.devices[&0].wireguard.peers,
+        before.devices[&0].wireguard.peers
+    );
+    assert!(agent.set_expired(false));
+    converge(&mut agent, &mut machine);
+    assert!(owned(&machine.state, "10.244.5.0/24"));
+}
+
+#[test]
+fn with_hard_fail_no_peer_stays_and_nothing_leaves_in_clear() {
+    let mut agent = agent_with(ClusterConfig {
+        snapshot_hard_fail: true,
+        ..config()
+    });
+    agent.set_directory(directory(1, vec![node(1), node(2)]));
+    let mut machine = bare();
+    converge(&mut agent, &mut machine);
+    agent.set_expired(true);
+    converge(&mut agent, &mut machine);
+    assert!(machine.state.devices[&0].wireguard.peers.is_empty());
+    assert!(machine.state.paths.is_empty());
+    let pool = pods_route("10.244.0.0/16", metric::POOL);
+    assert!(
+        machine.state.routes.contains_key(&pool),
+        "{:?}",
+        machine.state.routes.keys()
+    );
+    agent.set_expired(false);
+    converge(&mut agent, &mut machine);
+    assert_eq!(machine.state.devices[&0].wireguard.peers.len(), 1);
 }

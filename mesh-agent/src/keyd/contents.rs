@@ -19,8 +19,8 @@ pub(crate) struct Received {
     pub(crate) change: Arc<Change>,
     /// Everything in the directory that cannot be read, a sentence each.
     pub(crate) unreadable: Vec<String>,
-    /// When the directory's signature ends, Unix milliseconds.
-    pub(crate) expires_unix_ms: i64,
+    /// When the directory was signed, and when its signature ends, Unix milliseconds.
+    pub(crate) signed: (u64, u64),
     /// Keys of nodes came, went or changed: it is on disk already.
     pub(crate) keys_changed: bool,
     /// When it was there.
@@ -69,9 +69,10 @@ impl Contents {
             keys_changed: self.keys_of(&change),
             change: Arc::new(change),
             unreadable: self.unreadable.values().cloned().collect(),
-            expires_unix_ms: directory
-                .manifest()
-                .map_or(0, |manifest| manifest.expires_unix_ms),
+            signed: directory.manifest().map_or((0, 0), |manifest| {
+                let time = |ms: i64| u64::try_from(ms).unwrap_or_default();
+                (time(manifest.issued_unix_ms), time(manifest.expires_unix_ms))
+            }),
             at,
         }
     }

@@ -13,11 +13,13 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot};
+use warren_agent_api::RootStatus;
 use warren_agent_core::{Endpoint, slots::PairReport};
 use warren_keyd_api::{proto, snapshot::Directory};
 use warren_model::{Datapath, ForgetPsk, IdentityId};
 
 use crate::{
+    clock::SignedClock,
     config::Config,
     files::{Applied, StateDir},
     keys::KeyStore,
@@ -26,7 +28,7 @@ use crate::{
 };
 
 pub(crate) use contents::{Contents, Received};
-pub(crate) use trust::snapshot_root;
+pub(crate) use trust::{TrustFaults, snapshot_roots};
 
 /// The first pause between attempts to connect.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -77,6 +79,12 @@ pub(crate) enum FromKeyd {
     NewKey,
     /// A pre-shared key is to be forgotten.
     Forget(ForgetPsk),
+    /// Another snapshot root is pinned.
+    Root(RootStatus),
+    /// What is mounted, or what `keyd` names, is not what is pinned; or is again.
+    Trust { fault: Option<String> },
+    /// An update was refused: forged, replayed or damaged.
+    RefusedUpdate,
 }
 
 /// The client.
@@ -101,6 +109,9 @@ pub(crate) struct Client {
     pub(crate) floor: (u64, u64),
     /// The next session asks for all of the directory, not for what is new.
     pub(crate) resync: bool,
+    /// What is known of the real time.
+    pub(crate) clock: SignedClock,
+    pub(crate) trust_faults: TrustFaults,
     pub(crate) events: mpsc::UnboundedSender<FromKeyd>,
     pub(crate) commands: mpsc::UnboundedReceiver<ToKeyd>,
 }
@@ -122,7 +133,7 @@ impl Client {
         let mut failures = 0u32;
         let mut next: Vec<String> = Vec::new();
         loop {
-            let material = match self.trust().await {
+            let mut material = match self.trust().await {
                 Ok(material) => material,
                 Err(reason) => {
                     if self.pause(&mut failures, reason).await.is_none() {
@@ -149,7 +160,7 @@ impl Client {
                 }
             };
             let begun = tokio::time::Instant::now();
-            let (welcomed, end) = self.session(&address, &material).await;
+            let (welcomed, end) = self.session(&address, &mut material).await;
             // One that ends at once would end again.
             if welcomed && begun.elapsed() >= LASTING {
                 failures = 0;

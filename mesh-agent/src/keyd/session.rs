@@ -57,7 +57,7 @@ impl Session {
 
 impl Client {
     /// Runs one session to its end. The first value tells whether `keyd` welcomed this node.
-    pub(super) async fn session(&mut self, address: &str, material: &Material) -> (bool, End) {
+    pub(super) async fn session(&mut self, address: &str, material: &mut Material) -> (bool, End) {
         let mut welcomed = false;
         let end = match self.converse(address, material, &mut welcomed).await {
             Ok(end) => end,
@@ -69,7 +69,7 @@ impl Client {
     async fn converse(
         &mut self,
         address: &str,
-        material: &Material,
+        material: &mut Material,
         welcomed: &mut bool,
     ) -> Result<End, String> {
         let channel = self.connect(address, material).await?;
@@ -80,12 +80,14 @@ impl Client {
             Some(directory) => directory,
             None => self
                 .state
-                .load_snapshot(material.root)
-                .unwrap_or_else(|| Directory::new(material.root)),
+                .load_snapshot(&material.roots)
+                .unwrap_or_else(|| Directory::new(material.roots.newest().key)),
         };
         let directory = self.directory.insert(directory);
-        directory.reset_pending();
-        let (resume_epoch, resume_version) = if self.resync { (0, 0) } else { directory.position() };
+        directory.set_root(material.roots.newest().key);
+        let position = if self.resync { (0, 0) } else { directory.position() };
+        self.say_root(material);
+        let (resume_epoch, resume_version) = position;
         let (say, queue) = mpsc::channel(QUEUE);
         let token = self
             .config
@@ -114,6 +116,7 @@ impl Client {
             datapath: convert::datapath_to_proto(Some(self.datapath)).into(),
             resume_epoch,
             resume_version,
+            snapshot_root: material.roots.newest().key.as_bytes().to_vec(),
         }))?;
         let mut client = KeydClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
         let opened = tokio::time::timeout(WELCOME_TIME, client.session(ReceiverStream::new(queue))).await;
@@ -121,7 +124,9 @@ impl Client {
             .map_err(|_| format!("keyd at {address} does not answer"))?
             .map_err(|status| format!("keyd at {address}: {}", status.message()))?
             .into_inner();
-        let end = self.talk(address, &mut session, &mut hear, welcomed).await;
+        let end = self
+            .talk(address, material, &mut session, &mut hear, welcomed)
+            .await;
         if session.unsaved {
             self.save();
         }
@@ -137,7 +142,12 @@ impl Client {
         address: &str,
         material: &Material,
     ) -> Result<Option<tonic::transport::Channel>, String> {
-        let connecting = tls::connect(address, &material.trust, material.identity.as_ref());
+        let connecting = tls::connect(
+            address,
+            &material.trust,
+            material.identity.as_ref(),
+            self.clock.now_ms().map(|ms| ms / 1000),
+        );
         tokio::pin!(connecting);
         loop {
             tokio::select! {
@@ -153,6 +163,7 @@ impl Client {
     async fn talk(
         &mut self,
         address: &str,
+        material: &mut Material,
         session: &mut Session,
         hear: &mut tonic::Streaming<proto::KeydMessage>,
         welcomed: &mut bool,
@@ -169,7 +180,7 @@ impl Client {
                         return Ok(End::Closed(format!("keyd at {address} closed the stream")));
                     };
                     let Some(body) = message.body else { continue };
-                    if let Some(end) = self.hear(address, session, body, welcomed)? {
+                    if let Some(end) = self.hear(address, material, session, body, welcomed)? {
                         return Ok(end);
                     }
                 }
@@ -192,6 +203,7 @@ impl Client {
     fn hear(
         &mut self,
         address: &str,
+        material: &mut Material,
         session: &mut Session,
         body: Hear,
         welcomed: &mut bool,
@@ -211,7 +223,11 @@ impl Client {
             }
             Hear::KeyChallenge(challenge) => self.prove(session, &challenge)?,
             Hear::KeyResult(result) => self.key_result(&result),
-            Hear::Update(update) => self.update(session, update)?,
+            Hear::Roots(roots) => self.follow(roots, material)?,
+            Hear::Update(update) => {
+                self.update(session, update)?;
+                self.say_keyd_fault(None);
+            }
             Hear::EndpointResult(result) => {
                 if let Some(reply) = session.waiting.remove(&result.request_id) {
                     let answer = match result.error.is_empty() {
@@ -342,6 +358,7 @@ impl Client {
                 self.resync = false;
                 let position = directory.position();
                 if position < self.floor {
+                    let _ = self.events.send(FromKeyd::RefusedUpdate);
                     let (floor, resync) = (self.floor, true);
                     (self.directory, self.resync) = (None, resync);
                     return Err(format!(
@@ -366,6 +383,7 @@ impl Client {
             }
             Err(error) => {
                 tracing::error!(%error, "an update of the directory is refused; the one before stays in force");
+                let _ = self.events.send(FromKeyd::RefusedUpdate);
                 if matches!(
                     error,
                     SnapshotError::Digest | SnapshotError::NeedsSnapshot | SnapshotError::Position

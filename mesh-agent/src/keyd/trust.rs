@@ -3,20 +3,23 @@
 use std::{fs, io, path::Path};
 
 use warren_keyd_api::{
-    snapshot::SnapshotRoot,
+    proto,
+    snapshot::{Followed, RootChain, RootError},
     tls::{self, ClientIdentity, Trust},
     token::JoinToken,
 };
 use zeroize::Zeroizing;
 
-use super::Client;
+use warren_agent_api::RootStatus;
+
+use super::{Client, FromKeyd};
 use crate::{
     config::Config,
     files::{StateDir, write_private},
 };
 
 const CA: &str = "ca.crt";
-const ROOT: &str = "snapshot-root.pub";
+const ROOTS: &str = "snapshot-roots";
 const CLIENT_CERTIFICATE: &str = "client.crt.der";
 const CLIENT_KEY: &str = "client.key.der";
 const ADDRESSES: &str = "keyd-addresses";
@@ -27,9 +30,17 @@ const MOST_ADDRESSES: usize = 8;
 #[derive(Debug)]
 pub(super) struct Material {
     pub(super) trust: Trust,
-    pub(super) root: SnapshotRoot,
+    pub(super) roots: RootChain,
     /// Stand-alone; a projected token otherwise.
     pub(super) identity: Option<ClientIdentity>,
+}
+
+/// How what is mounted, and what `keyd` names, differ from what is pinned.
+#[derive(Debug, Default)]
+pub(crate) struct TrustFaults {
+    mounted: Option<String>,
+    keyd: Option<String>,
+    said: Option<String>,
 }
 
 impl Client {
@@ -37,28 +48,80 @@ impl Client {
     pub(super) async fn trust(&mut self) -> Result<Material, String> {
         let own = self.state.trust();
         if let Some(mounted) = &self.config.options.trust_dir {
-            copy_mounted(mounted, &own)?;
-            let (trust, root) = read(&own)?;
+            let fault = pin_mounted(mounted, &own)?;
+            self.trust_faults.mounted = fault;
+            self.say_trust_faults();
+            let (trust, roots) = read(&own)?;
             return Ok(Material {
                 trust,
-                root,
+                roots,
                 identity: None,
             });
         }
         if !own.join(CLIENT_CERTIFICATE).exists() {
             self.enroll(&own).await?;
         }
-        let (trust, root) = read(&own)?;
+        let (trust, roots) = read(&own)?;
         let certificate_der = read_file(&own.join(CLIENT_CERTIFICATE))?;
         let key_der = Zeroizing::new(read_file(&own.join(CLIENT_KEY))?);
         Ok(Material {
             trust,
-            root,
+            roots,
             identity: Some(ClientIdentity {
                 certificate_der,
                 key_der,
             }),
         })
+    }
+
+    /// `keyd` is who it was, or is not.
+    pub(super) fn say_keyd_fault(&mut self, fault: Option<String>) {
+        self.trust_faults.keyd = fault;
+        self.say_trust_faults();
+    }
+
+    fn say_trust_faults(&mut self) {
+        let TrustFaults { mounted, keyd, said } = &mut self.trust_faults;
+        let fault = mounted.clone().or_else(|| keyd.clone());
+        if *said != fault {
+            if let Some(fault) = &fault {
+                tracing::error!("{fault}");
+            }
+            said.clone_from(&fault);
+            let _ = self.events.send(FromKeyd::Trust { fault });
+        }
+    }
+
+    pub(super) fn say_root(&self, material: &Material) {
+        let _ = self.events.send(FromKeyd::Root(status_of(&material.roots)));
+    }
+
+    /// `keyd` names the roots of its cluster: those after the pinned one are believed and pinned, on disk first.
+    pub(super) fn follow(&mut self, roots: proto::Roots, material: &mut Material) -> Result<(), String> {
+        let own = self.state.trust();
+        let followed = RootChain::parse(roots.roots).and_then(|offered| material.roots.follow(offered));
+        let roots = match followed {
+            Ok(Followed::Further(roots)) => roots,
+            Ok(Followed::Same) => return Ok(()),
+            Err(error) => {
+                let fault = not_followed(&error, &own);
+                self.say_keyd_fault(Some(fault.clone()));
+                return Err(fault);
+            }
+        };
+        write_private(&own.join(ROOTS), roots.to_text().as_bytes()).map_err(|error| format!("{error:#}"))?;
+        let newest = roots.newest();
+        tracing::info!(
+            generation = newest.generation,
+            root = %newest.key.to_base64(),
+            "keyd signs with a new key, which the one before vouches for"
+        );
+        if let Some(directory) = &mut self.directory {
+            directory.set_root(newest.key);
+        }
+        material.roots = roots;
+        self.say_root(material);
+        Ok(())
     }
 
     async fn enroll(&self, own: &Path) -> Result<(), String> {
@@ -87,7 +150,7 @@ impl Client {
                         write_private(&own.join(name), content).map_err(|error| format!("{error:#}"))
                     };
                     write(CA, pem(&enrolment.ca_der).as_bytes())?;
-                    write(ROOT, enrolment.snapshot_root.to_base64().as_bytes())?;
+                    write(ROOTS, enrolment.roots.to_text().as_bytes())?;
                     write(CLIENT_KEY, &enrolment.identity.key_der)?;
                     // Last: its being there says that all is.
                     write(CLIENT_CERTIFICATE, &enrolment.identity.certificate_der)?;
@@ -101,49 +164,110 @@ impl Client {
     }
 }
 
-/// The snapshot root that is known at start, to read the snapshot on disk with: the mounted one, else that of the
-/// last run.
-pub(crate) fn snapshot_root(config: &Config, state: &StateDir) -> Option<SnapshotRoot> {
+/// What to do where the pinned root is not reached.
+fn not_followed(error: &RootError, own: &Path) -> String {
+    match error {
+        RootError::Older { offered, pinned } => format!(
+            "keyd signs with snapshot root {offered}, but this node has pinned root {pinned} already: an old backup of keyd's \
+             signing key was restored, restore the newest one"
+        ),
+        RootError::Other { .. } => format!(
+            "keyd's chain of snapshot roots is refused: {error}; if keyd's keys were replaced on purpose, remove {} and restart \
+             this agent, else somebody plays keyd",
+            own.display()
+        ),
+        RootError::Empty | RootError::TooLong | RootError::Link(_) | RootError::Text(_) => {
+            format!("keyd's chain of snapshot roots is refused: {error}")
+        }
+    }
+}
+
+fn status_of(roots: &RootChain) -> RootStatus {
+    RootStatus {
+        generation: roots.newest().generation,
+        key: roots.newest().key.to_base64(),
+    }
+}
+
+/// The snapshot roots that are known at start, to read the snapshot on disk with: those of the last run, else the mounted
+/// ones.
+pub(crate) fn snapshot_roots(config: &Config, state: &StateDir) -> Option<(RootChain, RootStatus)> {
     let own = state.trust();
     if let Some(mounted) = &config.options.trust_dir
-        && let Err(reason) = copy_mounted(mounted, &own)
+        && let Err(reason) = pin_mounted(mounted, &own)
     {
         tracing::debug!(%reason, "the mounted trust is not there yet");
     }
-    let text = fs::read_to_string(own.join(ROOT)).ok()?;
-    SnapshotRoot::from_base64(&text)
-        .inspect_err(|error| tracing::warn!(%error, "the kept snapshot root is not usable"))
+    let text = fs::read_to_string(own.join(ROOTS)).ok()?;
+    RootChain::from_text(&text)
+        .inspect_err(|error| tracing::warn!(%error, "the kept snapshot roots are not usable"))
         .ok()
+        .map(|roots| {
+            let status = status_of(&roots);
+            (roots, status)
+        })
 }
 
-/// The mount may be gone when the node boots without its API server: keep a copy.
-fn copy_mounted(mounted: &Path, own: &Path) -> Result<(), String> {
-    for name in [CA, ROOT] {
-        let target = own.join(name);
-        match fs::read(mounted.join(name)) {
-            Ok(content) if fs::read(&target).is_ok_and(|kept| kept == content) => {}
-            Ok(content) => write_private(&target, &content).map_err(|error| format!("{error:#}"))?,
-            Err(_) if target.exists() => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(format!(
-                    "waiting for {}: keyd makes it",
-                    mounted.join(name).display()
-                ));
-            }
-            Err(error) => return Err(format!("cannot read {}: {error}", mounted.join(name).display())),
+/// What is mounted is believed once, and kept: the mount may be gone when the node boots without its API server, and whoever
+/// may write a ConfigMap must not be able to play `keyd`. Later only roots that the pinned one vouches for are taken from it.
+/// Returns what differs from what is pinned.
+fn pin_mounted(mounted: &Path, own: &Path) -> Result<Option<String>, String> {
+    let there = |name: &str| match fs::read_to_string(mounted.join(name)) {
+        Ok(content) => Ok(Some(content)),
+        Err(_) if own.join(name).exists() => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(format!(
+            "waiting for {}: keyd makes it",
+            mounted.join(name).display()
+        )),
+        Err(error) => Err(format!("cannot read {}: {error}", mounted.join(name).display())),
+    };
+    let pin = |name: &str, content: &str| {
+        write_private(&own.join(name), content.as_bytes()).map_err(|error| format!("{error:#}"))
+    };
+    let refused = |what: &str| {
+        format!(
+            "{} {what}: this node stays with what it has pinned; if keyd's keys were replaced on purpose, remove {} and \
+             restart this agent, else find out who has changed it",
+            mounted.display(),
+            own.display()
+        )
+    };
+    let (ca, roots) = (there(CA)?, there(ROOTS)?);
+    let mut fault = None;
+    if let Some(ca) = ca {
+        match fs::read_to_string(own.join(CA)) {
+            Ok(pinned) if pinned.trim() == ca.trim() => {}
+            Ok(_) => fault = Some(refused("names another CA")),
+            Err(_) => pin(CA, &ca)?,
         }
     }
-    Ok(())
+    let Some(roots) = roots else { return Ok(fault) };
+    let mounted_roots =
+        RootChain::from_text(&roots).map_err(|error| format!("{}: {error}", mounted.join(ROOTS).display()));
+    let pinned = fs::read_to_string(own.join(ROOTS));
+    match pinned.map(|text| RootChain::from_text(&text)) {
+        Ok(Ok(pinned)) => match mounted_roots.map(|roots| pinned.follow(roots)) {
+            Ok(Ok(Followed::Further(roots))) => pin(ROOTS, &roots.to_text())?,
+            // The ConfigMap is written after the stream has told.
+            Ok(Ok(Followed::Same) | Err(RootError::Older { .. })) => {}
+            Ok(Err(error)) => fault = Some(refused(&format!("names other snapshot roots ({error})"))),
+            Err(error) => fault = Some(error),
+        },
+        Ok(Err(error)) => return Err(format!("{}: {error}", own.join(ROOTS).display())),
+        Err(_) => pin(ROOTS, &mounted_roots?.to_text())?,
+    }
+    Ok(fault)
 }
 
-fn read(own: &Path) -> Result<(Trust, SnapshotRoot), String> {
+fn read(own: &Path) -> Result<(Trust, RootChain), String> {
     let text = |name: &str| -> Result<String, String> {
         let path = own.join(name);
         fs::read_to_string(&path).map_err(|error| format!("cannot read {}: {error}", path.display()))
     };
     let trust = Trust::from_pem(&text(CA)?).map_err(|error| error.to_string())?;
-    let root = SnapshotRoot::from_base64(&text(ROOT)?).map_err(|error| error.to_string())?;
-    Ok((trust, root))
+    let roots = RootChain::from_text(&text(ROOTS)?)
+        .map_err(|error| format!("{}: {error}", own.join(ROOTS).display()))?;
+    Ok((trust, roots))
 }
 
 fn read_file(path: &Path) -> Result<Vec<u8>, String> {
@@ -191,6 +315,8 @@ pub(super) fn remember_addresses(state: &StateDir, addresses: &[String]) {
 
 #[cfg(test)]
 mod tests {
+    use warren_keyd_api::snapshot::ManifestSigner;
+
     use super::*;
 
     #[test]
@@ -203,22 +329,66 @@ mod tests {
         assert_eq!(known_addresses(&state), ["c:1", "b:1", "a:1"]);
     }
 
-    #[test]
-    fn a_mount_that_vanished_leaves_its_copy() {
+    fn chain() -> (RootChain, ManifestSigner) {
+        let signer = ManifestSigner::generate().unwrap();
+        (RootChain::first(&signer, 0), signer)
+    }
+
+    /// A state folder, and a mount with these roots and the CA `x`.
+    fn folders(roots: &RootChain) -> (tempfile::TempDir, StateDir, std::path::PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let state = StateDir::open(&directory.path().join("state")).unwrap();
         let mounted = directory.path().join("mounted");
         assert!(
-            copy_mounted(&mounted, &state.trust())
+            pin_mounted(&mounted, &state.trust())
                 .unwrap_err()
                 .starts_with("waiting for")
         );
         fs::create_dir(&mounted).unwrap();
         fs::write(mounted.join(CA), "x").unwrap();
-        fs::write(mounted.join(ROOT), SnapshotRoot::from_bytes([1; 32]).to_base64()).unwrap();
-        copy_mounted(&mounted, &state.trust()).unwrap();
+        fs::write(mounted.join(ROOTS), roots.to_text()).unwrap();
+        assert_eq!(pin_mounted(&mounted, &state.trust()), Ok(None));
+        (directory, state, mounted)
+    }
+
+    fn pinned(state: &StateDir) -> RootChain {
+        RootChain::from_text(&fs::read_to_string(state.trust().join(ROOTS)).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_mount_that_vanished_leaves_its_copy() {
+        let (_directory, state, mounted) = folders(&chain().0);
         fs::remove_dir_all(&mounted).unwrap();
-        copy_mounted(&mounted, &state.trust()).unwrap();
+        assert_eq!(pin_mounted(&mounted, &state.trust()), Ok(None));
+        assert_eq!(fs::read_to_string(state.trust().join(CA)).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_mount_may_go_on_but_not_change() {
+        let (first, signer) = chain();
+        let (_directory, state, mounted) = folders(&first);
+        let next = ManifestSigner::generate().unwrap();
+        let second = first.with(&signer, next.root(), 1).unwrap();
+        fs::write(mounted.join(ROOTS), second.to_text()).unwrap();
+        assert_eq!(pin_mounted(&mounted, &state.trust()), Ok(None));
+        assert_eq!(pinned(&state), second);
+        // An older one is late, not wrong.
+        fs::write(mounted.join(ROOTS), first.to_text()).unwrap();
+        assert_eq!(pin_mounted(&mounted, &state.trust()), Ok(None));
+
+        fs::write(mounted.join(ROOTS), chain().0.to_text()).unwrap();
+        let fault = pin_mounted(&mounted, &state.trust()).unwrap().unwrap();
+        assert!(
+            fault.contains("other snapshot roots") && fault.contains("remove"),
+            "{fault}"
+        );
+        fs::write(mounted.join(ROOTS), "nonsense").unwrap();
+        assert!(pin_mounted(&mounted, &state.trust()).unwrap().is_some());
+        fs::write(mounted.join(ROOTS), second.to_text()).unwrap();
+        fs::write(mounted.join(CA), "y").unwrap();
+        let fault = pin_mounted(&mounted, &state.trust()).unwrap().unwrap();
+        assert!(fault.contains("another CA"), "{fault}");
+        assert_eq!(pinned(&state), second);
         assert_eq!(fs::read_to_string(state.trust().join(CA)).unwrap(), "x");
     }
 }

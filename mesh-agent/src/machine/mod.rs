@@ -2,6 +2,7 @@
 
 mod convert;
 mod execute;
+mod handshakes;
 mod observe;
 mod policy;
 
@@ -47,6 +48,7 @@ pub(crate) struct Machine {
     rules: Vec<warren_net::Rule>,
     /// Devices whose packets no program can judge: said once.
     unsupported: BTreeSet<u32>,
+    handshakes: handshakes::Handshakes,
     /// What could not be observed: a sentence each.
     faults: Vec<String>,
 }
@@ -119,6 +121,7 @@ impl Machine {
             routes: Vec::new(),
             rules: Vec::new(),
             unsupported: BTreeSet::new(),
+            handshakes: handshakes::Handshakes::default(),
             faults: Vec::new(),
         })
     }

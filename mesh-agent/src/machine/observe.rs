@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr},
+    time::{Duration, SystemTime},
 };
 
 use anyhow::Result;
@@ -14,7 +15,8 @@ use warren_bpf::Role;
 use warren_model::PublicKey;
 use warren_wireguard::DeviceError;
 
-use super::{Machine, SLOW_CHECK, convert};
+use super::{Machine, SLOW_CHECK, convert, handshakes::Handshakes};
+use crate::clock::boot_ms;
 
 impl Machine {
     /// Reads everything that the agent owns. What cannot be read counts as absent, and is said.
@@ -59,7 +61,7 @@ impl Machine {
             match self.wireguard.dump(&slot_device(*slot)).await {
                 Ok(found) => {
                     note_key(&mut self.device_keys, *slot, found.public_key);
-                    device.wireguard = wireguard(found);
+                    device.wireguard = wireguard(*slot, found, &mut self.handshakes);
                 }
                 Err(error) => anyhow::bail!("{error}"),
             }
@@ -93,7 +95,7 @@ impl Machine {
             let wireguard = match self.wireguard.dump(&link.name).await {
                 Ok(device) => {
                     note_key(&mut self.device_keys, slot, device.public_key);
-                    wireguard(device)
+                    wireguard(slot, device, &mut self.handshakes)
                 }
                 Err(error) => {
                     self.faults.push(match error {
@@ -182,6 +184,11 @@ impl Machine {
         self.firewall.clone()
     }
 
+    /// How long ago a peer's last handshake was, as of the last look.
+    pub(crate) fn handshake_age(&self, slot: u8, peer: warren_model::PublicKey) -> Option<Duration> {
+        self.handshakes.age(slot, peer, Duration::from_millis(boot_ms()))
+    }
+
     /// The name of a slot's device as it is now.
     pub(super) fn device(&self, slot: u8) -> Result<u32, String> {
         self.devices
@@ -207,13 +214,15 @@ fn link_local(addresses: &[IpAddr]) -> Option<Ipv6Addr> {
     found.next().filter(|_| found.next().is_none())
 }
 
-fn wireguard(device: warren_wireguard::DeviceState) -> WireGuard {
-    let now = std::time::SystemTime::now();
+fn wireguard(slot: u8, device: warren_wireguard::DeviceState, handshakes: &mut Handshakes) -> WireGuard {
+    let boot = Duration::from_millis(boot_ms());
+    let told = device
+        .peers
+        .iter()
+        .map(|peer| (peer.public_key, peer.last_handshake));
+    handshakes.look(slot, told, SystemTime::now(), boot);
     let peer = |peer: warren_wireguard::PeerState| {
-        // A clock that was set back makes a handshake one of the future: that is not old.
-        let age = peer
-            .last_handshake
-            .map(|at| now.duration_since(at).unwrap_or_default());
+        let age = handshakes.age(slot, peer.public_key, boot);
         let state = Peer {
             pre_shared: peer.pre_shared_key,
             endpoint: peer.endpoint,

@@ -24,7 +24,7 @@ use warren_keyd_api::{
         keyd_message::Body as Hear,
         keyd_server::{Keyd as Service, KeydServer},
     },
-    snapshot::{Directory, EntrySet, ManifestSigner, chunks},
+    snapshot::{Directory, EntrySet, ManifestSigner, RootChain, chunks},
     tls::{Authority, handshake_acceptor, server_config},
 };
 use warren_model::{
@@ -101,10 +101,13 @@ impl Keyd {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The CA and the snapshot root, as their files have them.
+    /// The CA and the snapshot roots, as their files have them.
     pub(crate) fn trust(&self) -> (String, String) {
         let state = self.state();
-        (state.authority.certificate_pem(), state.signer.root().to_base64())
+        (
+            state.authority.certificate_pem(),
+            RootChain::first(&state.signer, 0).to_text(),
+        )
     }
 
     /// Serves agents in a network namespace until the mesh is gone.
@@ -116,7 +119,7 @@ impl Keyd {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
             state.authority.issue_server(now).unwrap()
         };
-        let config = server_config(self.state().authority.certificate(), chain, key).unwrap();
+        let config = server_config(self.state().authority.certificate(), chain, key, || 0).unwrap();
         let namespace = File::open(format!("/run/netns/{netns}")).unwrap();
         let service = self.clone();
         let (ready, listening) = std::sync::mpsc::channel();
@@ -375,11 +378,15 @@ impl State {
     }
 
     fn manifest(&self) -> proto::SignedManifest {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis();
+        let now = i64::try_from(now).unwrap();
         self.signer.seal(proto::Manifest {
             epoch: 1,
             version: self.version,
             entries: self.entries.len() as u64,
             digest: self.entries.digest().to_vec(),
+            issued_unix_ms: now,
+            expires_unix_ms: now + 86_400_000,
             ..proto::Manifest::default()
         })
     }

@@ -142,11 +142,11 @@ impl Mesh {
         let psk_file = home.join("state/keys/gen1.psk");
         fs::write(&psk_file, "warren-psk 1\n").unwrap();
         fs::set_permissions(&psk_file, fs::Permissions::from_mode(0o600)).unwrap();
-        let (ca, root) = self.keyd.trust();
+        let (ca, roots) = self.keyd.trust();
         for directory in ["state/trust", "trust"] {
             fs::create_dir_all(home.join(directory)).unwrap();
             fs::write(home.join(directory).join("ca.crt"), &ca).unwrap();
-            fs::write(home.join(directory).join("snapshot-root.pub"), &root).unwrap();
+            fs::write(home.join(directory).join("snapshot-roots"), &roots).unwrap();
         }
         fs::write(home.join("token"), "a token").unwrap();
         fs::write(home.join("cluster.yaml"), CLUSTER).unwrap();

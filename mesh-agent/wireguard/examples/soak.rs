@@ -83,6 +83,7 @@ fn main() -> ExitCode {
             devices,
             implementation,
             linger: false,
+            clock_file: None,
         })
         .map(|()| true)
         .map_err(anyhow::Error::from),

@@ -20,6 +20,7 @@ impl Group {
                 "iproute2",
                 "iptables",
                 "iputils-ping",
+                "libfaketime",
                 "nftables",
                 "pkg-config",
                 "procps",

@@ -2,7 +2,7 @@
 
 use prost::Message as _;
 
-use super::{EntrySet, SnapshotError, SnapshotRoot, chunks};
+use super::{EntrySet, RootChain, SnapshotError, SnapshotRoot, chunks};
 use crate::{
     convert::{ConvertError, Record},
     proto::{Entry, EntryKey, Manifest, SignedManifest, Update},
@@ -54,6 +54,12 @@ impl Directory {
             current: None,
             pending: None,
         }
+    }
+
+    /// From now on only this root is believed; what is applied stays, and so does its position.
+    pub fn set_root(&mut self, root: SnapshotRoot) {
+        self.root = root;
+        self.pending = None;
     }
 
     /// (epoch, version) of what is applied, for `Hello` and `Applied`; (0, 0) before the first snapshot.
@@ -222,6 +228,23 @@ impl Directory {
             last: true,
             ..update
         })?;
+        Ok(directory)
+    }
+
+    /// As [`Self::from_file`], for a file of one's own that may have been written before the newest root was followed. Only the
+    /// newest one is believed afterwards.
+    pub fn from_own_file(roots: &RootChain, file: &[u8]) -> Result<Self, SnapshotError> {
+        let mut roots = roots.roots().iter().rev();
+        let newest = roots.next().ok_or(SnapshotError::Signature)?.key;
+        let mut read = Self::from_file(newest, file);
+        for older in roots {
+            match read {
+                Err(SnapshotError::Signature) => read = Self::from_file(older.key, file),
+                _ => break,
+            }
+        }
+        let mut directory = read?;
+        directory.set_root(newest);
         Ok(directory)
     }
 
@@ -408,13 +431,54 @@ mod tests {
     }
 
     #[test]
+    fn a_new_root_is_believed_and_the_old_one_no_more_and_nothing_goes_back() {
+        let mut keyd = Keyd::new();
+        keyd.add(256);
+        let mut agent = Directory::new(keyd.signer.root());
+        agent.apply(keyd.snapshot(5, 5)).unwrap().unwrap();
+        let file = agent.to_file().unwrap();
+
+        let first = RootChain::first(&keyd.signer, 0);
+        let next = ManifestSigner::generate().unwrap();
+        let roots = first.with(&keyd.signer, next.root(), 1).unwrap();
+        let mut new = Keyd {
+            signer: next.in_chain(&roots),
+            entries: keyd.entries.clone(),
+        };
+        // Not before it is followed.
+        assert_eq!(agent.apply(new.snapshot(5, 6)), Err(SnapshotError::Signature));
+        agent.set_root(roots.newest().key);
+        assert_eq!(agent.position(), (5, 5));
+        let entry = keyd.add(257);
+        assert_eq!(
+            agent.apply(keyd.increment(5, 6, vec![entry])),
+            Err(SnapshotError::Signature)
+        );
+        assert!(matches!(
+            agent.apply(new.snapshot(5, 4)),
+            Err(SnapshotError::GoesBack { .. })
+        ));
+        let entry = new.add(258);
+        agent.apply(new.increment(5, 6, vec![entry])).unwrap().unwrap();
+        assert_eq!(
+            agent.manifest().unwrap().cluster_id,
+            keyd.signer.root().cluster_id()
+        );
+
+        // The agent's own file may be older than what it has followed since, but no older than its first root.
+        let mut read = Directory::from_own_file(&roots, &file).unwrap();
+        assert_eq!(read.position(), (5, 5));
+        assert_eq!(read.apply(keyd.snapshot(5, 7)), Err(SnapshotError::Signature));
+        assert_eq!(
+            Directory::from_own_file(&first, &agent.to_file().unwrap()).unwrap_err(),
+            SnapshotError::Signature
+        );
+    }
+
+    #[test]
     fn signers_survive_their_seed() {
         let signer = ManifestSigner::generate().unwrap();
         let back = ManifestSigner::from_seed(&signer.to_seed().unwrap()).unwrap();
         assert_eq!(back.root(), signer.root());
-        assert_eq!(
-            SnapshotRoot::from_base64(&format!("{}\n", signer.root().to_base64())),
-            Ok(signer.root())
-        );
     }
 }

@@ -7,7 +7,7 @@ use aws_lc_rs::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use prost::Message as _;
 
-use super::SnapshotError;
+use super::{RootChain, SnapshotError};
 use crate::{
     proto::{Manifest, SignedManifest},
     token::sha256,
@@ -16,42 +16,51 @@ use crate::{
 /// Domain separation of a manifest's signature.
 const MANIFEST_LABEL: &[u8] = b"warren-manifest-v1";
 
-/// The ed25519 public key that signs the snapshots of a cluster; agents pin it (`snapshot-root.pub`).
+/// An ed25519 public key that signs the snapshots of a cluster (see [`super::RootChain`]).
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct SnapshotRoot([u8; 32]);
+pub struct SnapshotRoot {
+    key: [u8; 32],
+    /// First 16 bytes of the SHA-256 of the cluster's first root.
+    cluster: [u8; 16],
+}
 
 impl SnapshotRoot {
-    /// Takes the 32 bytes of the key.
-    pub fn from_bytes(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+    /// Takes the 32 bytes of the key, which is its cluster's first.
+    pub fn from_bytes(key: [u8; 32]) -> Self {
+        Self {
+            key,
+            cluster: cluster(&key),
+        }
     }
 
-    /// Parses 32 bytes in base64, with white space around.
-    pub fn from_base64(text: &str) -> Result<Self, SnapshotError> {
-        let bytes = STANDARD.decode(text.trim()).map_err(|_| SnapshotError::Root)?;
-        Ok(Self(
-            bytes.as_slice().try_into().map_err(|_| SnapshotError::Root)?,
-        ))
+    /// A later root of a cluster.
+    #[must_use]
+    pub(super) fn of_cluster(self, cluster: [u8; 16]) -> Self {
+        Self { cluster, ..self }
+    }
+
+    pub(super) fn cluster(&self) -> [u8; 16] {
+        self.cluster
     }
 
     /// The 32 bytes of the key.
     pub fn as_bytes(&self) -> &[u8; 32] {
-        &self.0
+        &self.key
     }
 
-    /// The content of `snapshot-root.pub`.
+    /// The key as people see it.
     pub fn to_base64(&self) -> String {
-        STANDARD.encode(self.0)
+        STANDARD.encode(self.key)
     }
 
-    /// The id of the cluster that this root signs for: the first 16 bytes of the root's SHA-256, in hex.
+    /// The id of the cluster that this root signs for: the first 16 bytes of the SHA-256 of its first root, in hex.
     pub fn cluster_id(&self) -> String {
-        cluster_id(&self.0)
+        hex::encode(self.cluster)
     }
 
     /// Checks a signature over `label` and `message`.
     pub fn verify(&self, label: &[u8], message: &[u8], signature: &[u8]) -> Result<(), SnapshotError> {
-        UnparsedPublicKey::new(&ED25519, &self.0)
+        UnparsedPublicKey::new(&ED25519, &self.key)
             .verify(&[label, message].concat(), signature)
             .map_err(|_| SnapshotError::Signature)
     }
@@ -77,9 +86,10 @@ impl std::fmt::Debug for SnapshotRoot {
     }
 }
 
-/// The cluster id of a snapshot root.
-pub fn cluster_id(root: &[u8; 32]) -> String {
-    hex::encode(&sha256(root)[..16])
+fn cluster(first_root: &[u8; 32]) -> [u8; 16] {
+    let mut out = [0; 16];
+    out.copy_from_slice(&sha256(first_root)[..16]);
+    out
 }
 
 /// The private half of a [`SnapshotRoot`]; `keyd` alone has it.
@@ -113,7 +123,7 @@ impl ManifestSigner {
             .map_err(|_| SnapshotError::SigningKey)?;
         Ok(Self {
             key,
-            root: SnapshotRoot(root),
+            root: SnapshotRoot::from_bytes(root),
         })
     }
 
@@ -127,6 +137,13 @@ impl ManifestSigner {
     /// The public half.
     pub fn root(&self) -> SnapshotRoot {
         self.root
+    }
+
+    /// The same key as a later one of its cluster: manifests that it seals say so.
+    #[must_use]
+    pub fn in_chain(self, chain: &RootChain) -> Self {
+        let root = self.root.of_cluster(chain.newest().key.cluster());
+        Self { root, ..self }
     }
 
     /// Signs `label` and `message`.

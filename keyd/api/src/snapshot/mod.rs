@@ -4,10 +4,12 @@
 mod directory;
 mod entries;
 mod manifest;
+mod roots;
 
 pub use directory::{Change, Directory};
 pub use entries::{EntrySet, chunks};
-pub use manifest::{ManifestSigner, SnapshotRoot, cluster_id};
+pub use manifest::{ManifestSigner, SnapshotRoot};
+pub use roots::{Followed, MAX_ROOTS, Root, RootChain, RootError};
 
 /// The largest chunk of an update, bytes of encoded entries.
 pub const CHUNK_BYTES: usize = 1024 * 1024;
@@ -65,9 +67,6 @@ pub enum SnapshotError {
     /// The file's bytes changed.
     #[error("the snapshot file is corrupt: its checksum is wrong")]
     FileChecksum,
-    /// The root is not 32 bytes of base64.
-    #[error("the snapshot root is not 32 bytes in base64")]
-    Root,
     /// The signing key is not a PKCS #8 ed25519 key.
     #[error("the signing key is not an ed25519 key in PKCS #8")]
     SigningKey,

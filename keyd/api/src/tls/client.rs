@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 use super::{SERVER_NAME, provider};
 use crate::{
     proto::{EnrollRequest, keyd_client::KeydClient},
-    snapshot::SnapshotRoot,
+    snapshot::{RootChain, SnapshotRoot},
     token::{JoinToken, sha256},
 };
 
@@ -93,20 +93,29 @@ pub struct Enrolment {
     pub identity: ClientIdentity,
     /// The CA's certificate, DER; its hash is the join token's.
     pub ca_der: Vec<u8>,
-    /// The key that signs snapshots.
-    pub snapshot_root: SnapshotRoot,
+    /// The keys that sign snapshots.
+    pub roots: RootChain,
     /// When the certificate expires by keyd's clock, Unix milliseconds.
     pub not_after_unix_ms: i64,
 }
 
-/// Connects to `keyd` at `host:port`. The name in its certificate is [`SERVER_NAME`] whatever the address.
+impl Enrolment {
+    /// The key that signs snapshots now.
+    pub fn root(&self) -> SnapshotRoot {
+        self.roots.newest().key
+    }
+}
+
+/// Connects to `keyd` at `host:port`. The name in its certificate is [`SERVER_NAME`] whatever the address. `now_unix_s`: a time
+/// that has been reached, by somebody's word who is believed; `None` where nothing is known.
 /// Keepalive finds a dead peer within 20 s.
 pub async fn connect(
     address: &str,
     trust: &Trust,
     identity: Option<&ClientIdentity>,
+    now_unix_s: Option<u64>,
 ) -> Result<Channel, ConnectError> {
-    connect_with(address, client_config(trust, identity)?).await
+    connect_with(address, client_config(trust, identity, now_unix_s)?).await
 }
 
 /// As [`connect`], with a TLS configuration of the caller's own (tests of hostile clients).
@@ -159,7 +168,7 @@ pub fn generate_client_key() -> Result<(Zeroizing<Vec<u8>>, Vec<u8>), ConnectErr
 /// fresh key, checks what comes back.
 pub async fn enroll(address: &str, token: &JoinToken) -> Result<Enrolment, ConnectError> {
     let (key_der, csr_der) = generate_client_key()?;
-    let channel = connect(address, &Trust::Pinned(*token.ca_sha256()), None).await?;
+    let channel = connect(address, &Trust::Pinned(*token.ca_sha256()), None, None).await?;
     let request = EnrollRequest {
         token: token.expose_secret().to_owned(),
         node_name: token.node().to_string(),
@@ -173,18 +182,15 @@ pub async fn enroll(address: &str, token: &JoinToken) -> Result<Enrolment, Conne
     if sha256(&response.ca_der) != *token.ca_sha256() {
         return Err(ConnectError::Answer("its CA is not the join token's"));
     }
-    let root = response
-        .snapshot_root
-        .as_slice()
-        .try_into()
-        .map_err(|_| ConnectError::Answer("the snapshot root is not 32 bytes"))?;
+    let roots = RootChain::parse(response.roots.unwrap_or_default().roots)
+        .map_err(|_| ConnectError::Answer("its snapshot roots are not a chain"))?;
     Ok(Enrolment {
         identity: ClientIdentity {
             certificate_der: response.certificate_der,
             key_der,
         },
         ca_der: response.ca_der,
-        snapshot_root: SnapshotRoot::from_bytes(root),
+        roots,
         not_after_unix_ms: response.not_after_unix_ms,
     })
 }
@@ -193,10 +199,12 @@ pub async fn enroll(address: &str, token: &JoinToken) -> Result<Enrolment, Conne
 pub fn client_config(
     trust: &Trust,
     identity: Option<&ClientIdentity>,
+    now_unix_s: Option<u64>,
 ) -> Result<Arc<ClientConfig>, ConnectError> {
     let damaged = |what: &str, error: &dyn fmt::Display| ConnectError::Trust(format!("{what}: {error}"));
     let verifier = Verifier {
         trust: trust.clone(),
+        now_unix_s,
         provider: provider(),
     };
     let builder = ClientConfig::builder_with_provider(provider())
@@ -219,11 +227,12 @@ pub fn client_config(
     Ok(Arc::new(config))
 }
 
-/// Verifies chain, name and usage at a time within the certificate's own validity (see the module's
-/// documentation for why not at the wall clock's).
+/// Verifies chain, name and usage at a time that is known to have been reached (see the module's documentation for why not at
+/// the wall clock's).
 #[derive(Debug)]
 struct Verifier {
     trust: Trust,
+    now_unix_s: Option<u64>,
     provider: Arc<CryptoProvider>,
 }
 
@@ -252,7 +261,7 @@ impl ServerCertVerifier for Verifier {
             &ParsedCertificate::try_from(end_entity)?,
             &roots,
             intermediates,
-            own_time(end_entity)?,
+            self.time(end_entity)?,
             self.provider.signature_verification_algorithms.all,
         )?;
         verify_server_name(&ParsedCertificate::try_from(end_entity)?, server_name)?;
@@ -285,12 +294,15 @@ impl ServerCertVerifier for Verifier {
     }
 }
 
-/// The end of the certificate's validity: within it, and known without a clock.
-fn own_time(certificate: &CertificateDer<'_>) -> Result<UnixTime, rustls::Error> {
-    let bad = rustls::Error::InvalidCertificate(rustls::CertificateError::BadEncoding);
-    let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else {
-        return Err(bad);
-    };
-    let seconds = u64::try_from(parsed.validity().not_after.timestamp()).map_err(|_| bad)?;
-    Ok(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+impl Verifier {
+    /// The time that is known, at least the begin of the certificate's validity: within it, where nothing is known.
+    fn time(&self, certificate: &CertificateDer<'_>) -> Result<UnixTime, rustls::Error> {
+        let bad = rustls::Error::InvalidCertificate(rustls::CertificateError::BadEncoding);
+        let Ok((_, parsed)) = x509_parser::parse_x509_certificate(certificate) else {
+            return Err(bad);
+        };
+        let begin = u64::try_from(parsed.validity().not_before.timestamp()).map_err(|_| bad)?;
+        let seconds = self.now_unix_s.unwrap_or_default().max(begin);
+        Ok(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
+    }
 }

@@ -62,9 +62,15 @@ impl Core {
                 pod,
                 addresses,
             } => {
-                if let Some(node) = self.sessions.get(session).map(|session| session.node.clone()) {
-                    self.endpoints
-                        .delete(&node, &pod, &addresses, &mut self.identities, now);
+                let Some(node) = self.sessions.get(session).map(|session| session.node.clone()) else {
+                    return;
+                };
+                let identities = &mut self.identities;
+                if let Err(owner) = self.endpoints.delete(&node, &pod, &addresses, identities, now) {
+                    let sentence =
+                        format!("node {node} reports the end of pod {pod}, which runs on node {owner}");
+                    self.counters.refused_endpoints += 1;
+                    self.note(&node, "EndpointRefused", sentence);
                 }
             }
             AgentEvent::Applied {
@@ -72,8 +78,18 @@ impl Core {
                 epoch,
                 version,
             } => {
-                if epoch == self.settings.epoch {
-                    self.sessions.applied(session, version, self.published.version());
+                let published = (self.settings.epoch, self.published.version());
+                if (epoch, version) > published
+                    && let Some(node) = self.sessions.get(session).map(|session| session.node.clone())
+                {
+                    let sentence = format!(
+                        "node {node} acknowledges directory {epoch}/{version}, and {}/{} is the newest",
+                        published.0, published.1
+                    );
+                    self.note(&node, "MessageRefused", sentence);
+                }
+                if epoch == published.0 {
+                    self.sessions.applied(session, version, published.1);
                 }
             }
         }
@@ -98,6 +114,9 @@ impl Core {
         };
         if let Some((reason, retry)) = refusal {
             self.counters.refused_streams += 1;
+            if !retry {
+                self.note(&node, "StreamRefused", reason.clone());
+            }
             return self.out.push(Output::Close {
                 session,
                 reason,
@@ -138,7 +157,9 @@ impl Core {
                     "node {name} reports an endpoint that is refused: {}",
                     error.message
                 );
-                self.refusals.insert((name, "endpoint"), (now, sentence));
+                self.refusals
+                    .insert((name.clone(), "endpoint"), (now, sentence.clone()));
+                self.note(&name, "EndpointRefused", sentence);
                 let (session, request_id) = (added.session, added.request_id);
                 self.out.push(Output::EndpointResult {
                     session,

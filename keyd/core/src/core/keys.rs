@@ -92,13 +92,9 @@ impl Core {
     pub fn key_refused(&mut self, now: u64, node: &NodeName, reason: &str) {
         self.counters.refused_keys += 1;
         let sentence = format!("node {node} offers a key that is refused: {reason}");
-        let old = self
-            .refusals
+        self.refusals
             .insert((node.clone(), "key"), (now, sentence.clone()));
-        // Once in a while: whoever tries a thousand times must not write a thousand Events.
-        if old.is_none() {
-            self.note(node, "KeyRefused", sentence);
-        }
+        self.note(node, "KeyRefused", sentence);
     }
     pub(super) fn note(&mut self, node: &NodeName, reason: &'static str, message: String) {
         self.out.push(Output::Note {
@@ -113,7 +109,15 @@ impl Core {
         };
         if keys.len() > HELD_KEYS {
             let reason = format!("node {node} says that it holds more than {HELD_KEYS} keys");
+            self.note(&node, "MessageRefused", reason.clone());
             return self.close(now, session, reason, false);
+        }
+        if let Some((key, owner)) = keys
+            .values()
+            .find_map(|key| Some((*key, self.nodes.owner_of(*key, &node)?)))
+        {
+            let sentence = format!("node {node} says that it holds key {key} of node {owner}");
+            self.note(&node, "KeyRefused", sentence);
         }
         // Keys of a former incarnation, or of others, are none that this node could be asked for.
         keys.retain(|_, key| self.nodes.may_hold(&node, *key));

@@ -41,6 +41,8 @@ pub(crate) fn config() -> ClusterConfig {
         ignored_labels: warren_model::config::default_ignored_labels(),
         identities_per_namespace: warren_model::config::default_identities_per_namespace(),
         snapshot_expiry_seconds: 86400,
+        snapshot_hard_fail: false,
+        signing_key_max_age_seconds: 0,
     }
 }
 

@@ -50,6 +50,11 @@ impl Nodes {
         }
     }
 
+    /// The node that a key belongs to, if it is another than this.
+    pub(crate) fn owner_of(&self, key: PublicKey, node: &NodeName) -> Option<NodeName> {
+        self.keys.other_owner(key, node)
+    }
+
     /// Whether a key that an agent says it has can be a key of this node.
     pub(crate) fn may_hold(&self, name: &NodeName, key: PublicKey) -> bool {
         let uid = self.uid(name);

@@ -131,6 +131,7 @@ fn main() -> ExitCode {
             devices,
             implementation,
             linger: false,
+            clock_file: None,
         })
         .map_err(anyhow::Error::from),
         None => bench(&arguments),

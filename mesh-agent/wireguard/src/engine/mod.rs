@@ -51,6 +51,7 @@ mod peer;
 mod readers;
 mod session;
 mod split;
+mod stamp_clock;
 mod supervisor;
 mod table;
 #[cfg(test)]
@@ -135,6 +136,9 @@ pub struct EngineConfig {
     /// Whether an engine that has handed over to a successor stays until it is told to end. For supervisors that would
     /// start it again, which would take everything back.
     pub linger: bool,
+    /// Keeps, over restarts and boots, what the timestamps of handshakes have reached: they must not go back, or peers refuse
+    /// them. None: a process that starts with a clock that was set back waits for its peers to begin.
+    pub clock_file: Option<PathBuf>,
 }
 
 impl Default for EngineConfig {
@@ -144,6 +148,7 @@ impl Default for EngineConfig {
             devices: DEFAULT_DEVICES.map(String::from).to_vec(),
             implementation: Implementation::default(),
             linger: false,
+            clock_file: None,
         }
     }
 }

@@ -17,6 +17,7 @@ use super::{
     machine::Machine,
     noise::{self, Static, TIMESTAMP},
     session::{Receiving, TYPE_DATA},
+    stamp_clock,
     transport::{Admission, Identity, OVERHEAD, Transport},
 };
 use crate::uapi::PresharedKey;
@@ -76,7 +77,7 @@ impl OwnIdentity {
             let filled = getrandom::fill(out);
             assert!(filled.is_ok(), "no random numbers");
         });
-        Self::with(private, (Instant::now(), SystemTime::now()), random)
+        Self::with(private, stamp_clock::epoch(), random)
     }
 
     /// With a clock that began at `epoch`, and these random numbers.

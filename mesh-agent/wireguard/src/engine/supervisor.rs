@@ -26,6 +26,7 @@ use super::{
     device::Device,
     peer,
     readers::{self, Reader, Stop},
+    stamp_clock,
 };
 use succeed::{Claim, Inherited, InheritedDevice};
 
@@ -98,6 +99,7 @@ pub fn run(config: EngineConfig) -> Result<(), EngineError> {
     signals.thread_block().map_err(start)?;
     end_on_panic();
 
+    stamp_clock::start(config.clock_file.as_deref());
     let Claim { lock, inherited } = succeed::claim(&config)?;
     let (events, received) = mpsc::channel();
     let engine = Arc::new(Engine {
@@ -253,6 +255,7 @@ impl Engine {
 
     fn supervise(&self, events: &Receiver<Event>) -> End {
         loop {
+            stamp_clock::keep_ahead(Instant::now());
             self.scan();
             match events.recv_timeout(SCAN) {
                 Ok(Event::Gone(name, number)) => self.lost(&name, number),

@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         devices: arguments.collect(),
         implementation,
         linger,
+        ..EngineConfig::default()
     };
     match engine::run(config) {
         Ok(()) => ExitCode::SUCCESS,
