@@ -15,7 +15,7 @@ use warren_e2e::{
 };
 
 /// Until pods run, or a change has reached every node.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 
 /// The NodePort of the service `app`.
 pub(crate) const NODE_PORT: u16 = 30080;

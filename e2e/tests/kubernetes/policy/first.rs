@@ -126,7 +126,7 @@ fn hammer(town: &Town<'_>, pod: &str, to: &[IpAddr]) -> Result<Hammer> {
     let pod = town.pods.get(pod).context("no such client")?;
     let targets: Vec<_> = to.iter().map(|address| (*address, PORT).into()).collect();
     let log = town.cluster.folder().join("logs/hammer.log");
-    Hammer::start_in(&pod.place, &log, 100, &targets)
+    Hammer::start_in(&pod.place, &log, 50, &targets)
 }
 
 /// Datagrams and TCP segments that reached the pod's stack, whether somebody listened or not, since its namespace was
