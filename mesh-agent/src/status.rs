@@ -333,6 +333,7 @@ pub(crate) fn agent(runner: &Runner) -> AgentStatus {
             .map(|(pod, reason)| format!("keyd refuses pod {pod}: {reason}")),
     );
     problems.extend(runner.trust_fault.iter().cloned());
+    problems.extend(runner.links.problems().cloned());
     problems.extend(expired(runner));
     problems.extend(runner.machine.host_fault().cloned());
     if let Some(fault) = &runner.keyd_fault {

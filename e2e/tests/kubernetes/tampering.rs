@@ -204,7 +204,8 @@ pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
         ensure!(!done && said.contains("only keyd writes"), "{said}");
         Ok(())
     })?;
-    let mut count = 0;
+    let denied_before = denied(cluster)?;
+    let (mut count, mut by_policies) = (0, 0);
     for (who, as_whom) in WRITERS.iter().chain(&OTHERS) {
         for (verb, object, words, body) in &writes {
             let (said, done) = attempt(cluster, &words_of(words), as_whom, body)?;
@@ -217,6 +218,7 @@ pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
                 "{who}, {verb} {object}: {said}"
             );
             count += 1;
+            by_policies += u64::from(by_policy);
             println!(
                 "  | {verb} | {object} | {who} | {} |",
                 if by_policy { "admission policy" } else { "RBAC" }
@@ -224,9 +226,27 @@ pub(crate) fn foreign_writes(scene: &mut Scene) -> Result<()> {
         }
     }
     println!("  {count} writes, {count} refused");
+    // keyd never hears of them: here the API server counts.
+    let counted = denied(cluster)? - denied_before;
+    ensure!(
+        counted >= by_policies,
+        "{by_policies} refused by the policy, {counted} counted"
+    );
     ensure!(devices(cluster)? == before, "a device has changed");
     cluster.kubectl(["delete", "keyrotation", "watched"])?;
     editor(cluster, "delete")
+}
+
+/// How often the API server has refused something by our policy, as its metrics say.
+fn denied(cluster: &Cluster) -> Result<u64> {
+    let text = cluster.kubectl(["get", "--raw", "/metrics"])?;
+    let counts = text.lines().filter(|line| {
+        line.starts_with("apiserver_validating_admission_policy_check_total{")
+            && line.contains("policy=\"warren-objects\"")
+            && line.contains("enforcement_action=\"deny\"")
+    });
+    let counts = counts.filter_map(|line| line.split_whitespace().next_back()?.parse::<u64>().ok());
+    Ok(counts.sum())
 }
 
 fn words_of(words: &[String]) -> Vec<&str> {

@@ -2,7 +2,7 @@
 //! to and from the same port of the peer's.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     io,
     net::{Ipv6Addr, SocketAddr, SocketAddrV6},
     sync::{
@@ -50,8 +50,8 @@ impl Drop for Waiting {
 #[derive(Default)]
 pub(crate) struct Links {
     links: BTreeMap<u8, Link>,
-    /// Slots whose socket could not be opened the last time.
-    failing: BTreeSet<u8>,
+    /// Slots whose socket could not be opened the last time, and why.
+    failing: BTreeMap<u8, String>,
     waiting: Arc<AtomicUsize>,
     refused: Arc<AtomicU64>,
 }
@@ -83,6 +83,7 @@ impl Links {
             .collect();
         self.links
             .retain(|slot, link| wanted.get(slot) == Some(&(link.ifindex, link.address)));
+        self.failing.retain(|slot, _| wanted.contains_key(slot));
         for (slot, (ifindex, address)) in wanted {
             if self.links.contains_key(&slot) {
                 continue;
@@ -92,10 +93,13 @@ impl Links {
                     self.failing.remove(&slot);
                     self.links.insert(slot, link);
                 }
-                Err(error) if self.failing.insert(slot) => {
-                    tracing::warn!(slot, %address, %error, "no socket to agree on pre-shared keys by: trying again");
+                Err(error) => {
+                    let fault = fault(&error, address);
+                    if self.failing.get(&slot) != Some(&fault) {
+                        tracing::warn!(slot, "{fault}: trying again");
+                        self.failing.insert(slot, fault);
+                    }
                 }
-                Err(_) => {}
             }
         }
     }
@@ -138,10 +142,23 @@ impl Links {
         }
     }
 
+    /// Why there are devices without a socket: their peers wait for pre-shared keys in vain.
+    pub(crate) fn problems(&self) -> impl Iterator<Item = &String> {
+        self.failing.values()
+    }
+
     /// Packets that were not let through, as their senders sent more than they may.
     pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
+}
+
+fn fault(error: &io::Error, address: Ipv6Addr) -> String {
+    let needs = match error.kind() {
+        io::ErrorKind::PermissionDenied => "; the agent needs CAP_NET_BIND_SERVICE",
+        _ => "",
+    };
+    format!("cannot agree on pre-shared keys, no socket at [{address}]:{PORT}: {error}{needs}")
 }
 
 struct Reader {
