@@ -13,7 +13,10 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::wire::{FlowPacket, FlowReport};
+use super::{
+    pace::Pace,
+    wire::{FlowPacket, FlowReport},
+};
 
 /// What `warren-lab-app flow` takes.
 #[derive(Debug, clap::Args)]
@@ -77,9 +80,12 @@ fn send(
     let socket = UdpSocket::bind((any, 0)).context("cannot bind")?;
     let flow = u64::from(std::process::id()) << 32 | u64::from(socket.local_addr()?.port());
     let (start, mut number, mut refused) = (Instant::now(), 0, 0);
+    let mut pace = Pace::new(rate.into());
     while !done(number) {
-        let due = start + Duration::from_nanos(number.saturating_mul(1_000_000_000) / u64::from(rate));
-        thread::sleep(due.saturating_duration_since(Instant::now()));
+        if !pace.take(start.elapsed()) {
+            thread::sleep(pace.next().saturating_sub(start.elapsed()));
+            continue;
+        }
         if socket
             .send_to(
                 &FlowPacket {

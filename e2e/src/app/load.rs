@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     flow::ask_for_report,
+    pace::Pace,
     wire::{ECHO, FlowPacket, FlowReport, read_block, write_block},
 };
 
@@ -132,6 +133,7 @@ struct Flow {
     share: Share,
     socket: UdpSocket,
     id: u64,
+    pace: Pace,
     number: u64,
     refused: u64,
 }
@@ -150,6 +152,7 @@ impl Flow {
             share,
             socket,
             id,
+            pace: Pace::new(share.amount.into()),
             number: 0,
             refused: 0,
         })
@@ -164,8 +167,7 @@ impl Flow {
     }
 
     fn catch_up(&mut self, elapsed: Duration, size: usize) {
-        let due = elapsed.as_nanos() * u128::from(self.share.amount) / 1_000_000_000;
-        while u128::from(self.number) < due {
+        while self.pace.take(elapsed) {
             let packet = self.packet(false).encode(size);
             self.refused += u64::from(self.socket.send_to(&packet, self.share.to).is_err());
             self.number += 1;

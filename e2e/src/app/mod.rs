@@ -7,6 +7,7 @@ pub mod flood;
 pub mod flow;
 pub mod hammer;
 pub mod load;
+mod pace;
 pub mod ping;
 pub mod probe;
 pub mod serve;
