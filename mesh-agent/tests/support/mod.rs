@@ -40,7 +40,7 @@ pub(crate) fn try_run(command: &str) -> Output {
 
 /// Waits for a condition, which is what the test is about: the limit is only there to end a broken run.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(120);
+    let end = Instant::now() + Duration::from_secs(300);
     while !condition() {
         assert!(Instant::now() < end, "{what}: did not come");
         std::thread::sleep(Duration::from_millis(50));
@@ -429,7 +429,8 @@ impl Node {
     }
 
     pub(crate) fn ask(&self, request: &Request) -> Response {
-        call(&self.socket(), request, Duration::from_secs(30)).unwrap()
+        // A pod whose policy has half a million verdicts is added no sooner than they are written.
+        call(&self.socket(), request, Duration::from_secs(300)).unwrap()
     }
 
     pub(crate) fn exec(&self, command: &str) -> Output {
