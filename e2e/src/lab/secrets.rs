@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use aho_corasick::AhoCorasick;
 use anyhow::{Context as _, Result, bail, ensure};
 use base64::{
     Engine as _,
@@ -105,19 +106,29 @@ impl Secret {
 #[derive(Debug)]
 pub struct Finder {
     secrets: Vec<Secret>,
-    /// The first two bytes of some form.
-    begins: Vec<bool>,
+    /// Looks for all forms.
+    search: AhoCorasick,
+    /// The secret and the form of each pattern of it.
+    patterns: Vec<(usize, &'static str)>,
 }
 
 impl Finder {
     /// For these secrets.
     pub fn new(secrets: impl IntoIterator<Item = Secret>) -> Self {
         let secrets: Vec<Secret> = secrets.into_iter().collect();
-        let mut begins = vec![false; 1 << 16];
-        for (_, form) in secrets.iter().flat_map(|secret| &secret.forms) {
-            begins[usize::from(u16::from_le_bytes([form[0], form[1]]))] = true;
+        let (mut patterns, mut texts) = (Vec::new(), Vec::new());
+        for (number, secret) in secrets.iter().enumerate() {
+            for (form, bytes) in &secret.forms {
+                patterns.push((number, *form));
+                texts.push(bytes.as_slice());
+            }
         }
-        Self { secrets, begins }
+        let search = AhoCorasick::new(texts).expect("secrets are short and few");
+        Self {
+            secrets,
+            search,
+            patterns,
+        }
     }
 
     /// Proof that it finds: every secret in every form is put into a log of this folder, must be found there, and is taken away.
@@ -145,20 +156,12 @@ impl Finder {
 
     /// What is in `bytes`: a line each.
     pub fn find(&self, bytes: &[u8]) -> Vec<String> {
-        let mut found = Vec::new();
-        for (at, pair) in bytes.windows(2).enumerate() {
-            if !self.begins[usize::from(u16::from_le_bytes([pair[0], pair[1]]))] {
-                continue;
-            }
-            for secret in &self.secrets {
-                let forms = secret
-                    .forms
-                    .iter()
-                    .filter(|(_, form)| bytes[at..].starts_with(form));
-                found.extend(forms.map(|(form, _)| format!("{} as {form} at {at:#x}", secret.name)));
-            }
-        }
-        found
+        let line = |found: aho_corasick::Match| {
+            let (secret, form) = self.patterns[found.pattern().as_usize()];
+            let (name, at) = (&self.secrets[secret].name, found.start());
+            format!("{name} as {form} at {at:#x}")
+        };
+        self.search.find_overlapping_iter(bytes).map(line).collect()
     }
 
     /// What is in the memory of a process that can be written: the rest is files.

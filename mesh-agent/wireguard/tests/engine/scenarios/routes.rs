@@ -19,13 +19,20 @@ pub(super) fn both_families(engines: [Engine; 2]) -> Result<()> {
     let [a, b] = &lab.nodes[..] else { unreachable!() };
     lab.mesh(false)?;
     for outer_v6 in [false, true] {
-        for (node, other) in [(a, b), (b, a)] {
-            node.must_set(&format!(
-                "{}endpoint={}\n",
-                peer_line(&other.key),
-                other.outer(outer_v6)
-            ))?;
-        }
+        // Not at once: a packet that the other end sent before from its other address is authentic, and moves it back.
+        until("both ends send to the other family", || {
+            for (node, other) in [(a, b), (b, a)] {
+                node.must_set(&format!(
+                    "{}endpoint={}\n",
+                    peer_line(&other.key),
+                    other.outer(outer_v6)
+                ))?;
+            }
+            udp_echo(a, b, b.inner_v4(), 1)?;
+            Ok([(a, b), (b, a)].iter().try_fold(true, |moved, (node, other)| {
+                anyhow::Ok(moved && endpoint_of(node, other)? == Some(other.outer(outer_v6)))
+            })?)
+        })?;
         for (from, to) in [(a, b), (b, a)] {
             for address in [to.inner_v4(), to.inner_v6()] {
                 for bytes in [1, 1_384, 20_000] {
