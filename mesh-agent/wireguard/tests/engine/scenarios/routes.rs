@@ -29,9 +29,10 @@ pub(super) fn both_families(engines: [Engine; 2]) -> Result<()> {
                 ))?;
             }
             udp_echo(a, b, b.inner_v4(), 1)?;
-            Ok([(a, b), (b, a)].iter().try_fold(true, |moved, (node, other)| {
-                anyhow::Ok(moved && endpoint_of(node, other)? == Some(other.outer(outer_v6)))
-            })?)
+            let moved = |node: &Node, other: &Node| {
+                endpoint_of(node, other).map(|endpoint| endpoint == Some(other.outer(outer_v6)))
+            };
+            Ok(moved(a, b)? && moved(b, a)?)
         })?;
         for (from, to) in [(a, b), (b, a)] {
             for address in [to.inner_v4(), to.inner_v6()] {
