@@ -4,7 +4,6 @@
 use std::{fs, path::Path, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
-use base64::{Engine as _, engine::general_purpose::STANDARD};
 use warren_e2e::{
     bench::rotation::load::pods,
     lab::{
@@ -24,13 +23,7 @@ fn keyd_state(lab: &Lab) -> std::path::PathBuf {
 
 /// The key that signs now.
 fn signing_key(lab: &Lab, name: &str) -> Result<Secret> {
-    let text = fs::read_to_string(keyd_state(lab).join("snapshot-signing.key"))?;
-    let text: serde_json::Value = serde_json::from_str(&text)?;
-    let seed = text["seed"].as_str().and_then(|seed| STANDARD.decode(seed).ok());
-    let seed = seed
-        .and_then(|seed| seed.try_into().ok())
-        .context("no signing key")?;
-    Ok(Secret::key(name, seed))
+    Secret::signing_key(name, &fs::read(keyd_state(lab).join("snapshot-signing.key"))?)
 }
 
 /// The nodes' own keys as they are on disk now.

@@ -146,6 +146,12 @@ impl World {
         Ok(reason)
     }
 
+    /// Says something that keyd does not answer.
+    async fn says(&mut self, body: Say) -> Result<String, String> {
+        self.hostile().await.stream.send(body).await;
+        Ok(String::new())
+    }
+
     /// What the honest node's devices are made from.
     fn entries(&self) -> Vec<Record> {
         self.honest.directory.records().map(Result::unwrap).collect()

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
-use warren_agent_api::EncryptStatus;
+use anyhow::{Context as _, Result, bail, ensure};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use warren_agent_api::{AgentStatus, EncryptStatus};
 use warren_model::ClusterConfig;
 
 use super::{Cluster, address, cgroup, tools};
@@ -39,40 +41,50 @@ impl Cluster {
 
     /// What a node's agent says of its encryption, asked the way a user does.
     pub fn encrypt_status(&self, node: &str) -> Result<EncryptStatus> {
+        self.ask_agent(node, &["encrypt", "status"])
+    }
+
+    /// What it says of itself.
+    pub fn agent_status(&self, node: &str) -> Result<AgentStatus> {
+        self.ask_agent(node, &["status"])
+    }
+
+    fn ask_agent<T: DeserializeOwned>(&self, node: &str, command: &[&str]) -> Result<T> {
         let agent = self.pod_on("mesh-agent", node)?;
-        let output = self.kubectl_output([
-            "-n",
-            "kube-system",
-            "exec",
-            &agent,
-            "--",
-            "mesh-agent",
-            "encrypt",
-            "status",
-            "-o",
-            "json",
-        ])?;
+        let exec = ["-n", "kube-system", "exec", &agent, "--", "mesh-agent"];
+        let output = self.kubectl_output([&exec, command, &["-o", "json"]].concat())?;
         serde_json::from_slice(&output.stdout)
             .with_context(|| format!("{agent}: {}", String::from_utf8_lossy(&output.stderr).trim()))
     }
 
+    /// The pods of a part of Warren (`keyd`, `mesh-agent`), as the API server has them.
+    pub fn pods_of(&self, part: &str) -> Result<Vec<Value>> {
+        self.pods_where(part, &[])
+    }
+
+    fn pods_where(&self, part: &str, more: &[&str]) -> Result<Vec<Value>> {
+        let label = format!("app.kubernetes.io/name={part}");
+        let which = ["pods", "-n", "kube-system", "-l", &label];
+        let mut list = self.get([&which, more].concat())?;
+        match list["items"].take() {
+            Value::Array(pods) => Ok(pods),
+            other => bail!("kubectl lists no pods but {other}"),
+        }
+    }
+
+    /// The metrics of a part of Warren on the node with this address.
+    pub fn metrics(&self, part: &str, host: &str) -> Result<String> {
+        let port = if part == "keyd" { 9964 } else { 9962 };
+        let url = format!("http://{host}:{port}/metrics");
+        self.control_place().run(["curl", "-sS", "--max-time", "5", &url])
+    }
+
     /// Name of the pod of a part of Warren on a node.
     pub fn pod_on(&self, part: &str, node: &str) -> Result<String> {
-        let (label, field) = (
-            format!("app.kubernetes.io/name={part}"),
-            format!("spec.nodeName={node}"),
-        );
-        let list = self.get([
-            "pods",
-            "-n",
-            "kube-system",
-            "-l",
-            &label,
-            "--field-selector",
-            &field,
-        ])?;
-        let pods = list["items"].as_array().into_iter().flatten();
-        let mut alive = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let pods = self.pods_where(part, &["--field-selector", &format!("spec.nodeName={node}")])?;
+        let mut alive = pods
+            .iter()
+            .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
         let name = alive.next().and_then(|pod| pod["metadata"]["name"].as_str());
         Ok(name
             .with_context(|| format!("there is no pod of {part} on {node}"))?

@@ -88,6 +88,20 @@ impl Secret {
         Ok(Self::key(name, bytes.context("a key that ends early")?))
     }
 
+    /// The seed in keyd's `snapshot-signing.key`.
+    pub fn signing_key(name: &str, file: &[u8]) -> Result<Self> {
+        let file: serde_json::Value =
+            serde_json::from_slice(file).with_context(|| format!("{name} is no JSON"))?;
+        let seed = file["seed"]
+            .as_str()
+            .with_context(|| format!("{name} has no seed"))?;
+        let bytes = STANDARD.decode(seed).ok().and_then(|seed| seed.try_into().ok());
+        Ok(Self::key(
+            name,
+            bytes.with_context(|| format!("{name} has no seed of 32 bytes"))?,
+        ))
+    }
+
     /// Each form that is looked for, by its name.
     pub fn written(&self) -> impl Iterator<Item = (&'static str, &[u8])> {
         self.forms.iter().map(|(form, bytes)| (*form, bytes.as_slice()))

@@ -76,10 +76,9 @@ pub(crate) fn keyd_leader_killed(scene: &mut Scene) -> Result<()> {
 pub(crate) fn keyd_leader_demoted(scene: &mut Scene) -> Result<()> {
     let flows = scene.start_flows()?;
     let (leader, before) = leader(&scene.cluster)?;
-    let list = ["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"];
-    let pods = scene.cluster.get(list)?;
-    let names = pods["items"].as_array().into_iter().flatten();
-    let other = names
+    let pods = scene.cluster.pods_of("keyd")?;
+    let other = pods
+        .iter()
         .filter_map(|pod| pod["metadata"]["name"].as_str())
         .find(|name| *name != leader)
         .context("there is only one keyd")?;
@@ -109,8 +108,7 @@ pub(crate) fn keyd_leader_demoted(scene: &mut Scene) -> Result<()> {
 
 /// The leading keyd's pod and its epoch, by its own word.
 fn leader(cluster: &Cluster) -> Result<(String, u64)> {
-    let list = cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
-    for pod in list["items"].as_array().into_iter().flatten() {
+    for pod in cluster.pods_of("keyd")? {
         let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
         let output = cluster.kubectl_output([
             "-n",

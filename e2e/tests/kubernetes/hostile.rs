@@ -33,12 +33,9 @@ fn hello(scene: &Scene, token: &str, node: &str) -> Result<Heard> {
     fs::write(&file, token)?;
     let tool = scene.cluster.folder().join("bin/warren-cluster");
     // Any of them will do: it names the leader.
-    let pods = scene
-        .cluster
-        .get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
-    let host = pods["items"][0]["status"]["hostIP"]
-        .as_str()
-        .context("no keyd runs")?;
+    let pods = scene.cluster.pods_of("keyd")?;
+    let host = pods.first().and_then(|pod| pod["status"]["hostIP"].as_str());
+    let host = host.context("no keyd runs")?;
     let mut keyd = format!("{host}:4250");
     for _ in 0..3 {
         let command = [
@@ -126,16 +123,12 @@ pub(crate) fn tokens(scene: &mut Scene) -> Result<()> {
         "no node claim",
     )?;
     refused(scene, &good, "node2", "another node's name")?;
-    let keyd = scene
-        .cluster
-        .get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
-    let keyd = keyd["items"][0]["metadata"]["name"]
-        .as_str()
-        .context("no keyd")?
-        .to_owned();
+    let pods = scene.cluster.pods_of("keyd")?;
+    let keyd = pods.first().and_then(|pod| pod["metadata"]["name"].as_str());
+    let keyd = keyd.context("no keyd")?;
     refused(
         scene,
-        &token(scene, "keyd", AUDIENCE, Some(&keyd))?,
+        &token(scene, "keyd", AUDIENCE, Some(keyd))?,
         "node1",
         "another service account",
     )?;

@@ -47,12 +47,10 @@ fn keys_now(cluster: &Cluster) -> Result<Vec<Secret>> {
     let object = cluster.get(["secret", "warren-keyd", "-n", NAMESPACE])?;
     let entry = |name: &str| decoded(object["data"][name].as_str().unwrap_or_default());
     secrets.push(Secret::pkcs8("the CA's key", &entry("ca.key")?)?);
-    let signing: Value = serde_json::from_slice(&entry("snapshot-signing.key")?)?;
-    let seed = decoded(signing["seed"].as_str().context("no signing key")?)?.try_into();
-    secrets.push(Secret::key(
+    secrets.push(Secret::signing_key(
         "a signing key",
-        seed.ok().context("a seed has 32 bytes")?,
-    ));
+        &entry("snapshot-signing.key")?,
+    )?);
     Ok(secrets)
 }
 
@@ -109,9 +107,7 @@ fn everything_said(cluster: &Cluster) -> Result<Vec<(String, String)>> {
     let parts = ["mesh-agent", "keyd"];
     let mut pods = Vec::new();
     for part in parts {
-        let label = format!("app.kubernetes.io/name={part}");
-        let list = cluster.get(["pods", "-n", NAMESPACE, "-l", &label])?;
-        for pod in list["items"].as_array().into_iter().flatten() {
+        for pod in cluster.pods_of(part)? {
             let field = |value: &Value| value.as_str().map(str::to_owned).context("a pod without it");
             pods.push((
                 part,
@@ -141,12 +137,7 @@ fn everything_said(cluster: &Cluster) -> Result<Vec<(String, String)>> {
         said.push((question.join(" "), String::from_utf8_lossy(&text).into_owned()));
     }
     for (part, pod, host) in &pods {
-        let port = if *part == "keyd" { 9964 } else { 9962 };
-        let url = format!("http://{host}:{port}/metrics");
-        let text = cluster
-            .control_place()
-            .run(["curl", "-sS", "--max-time", "5", &url])?;
-        said.push((format!("metrics of {pod}"), text));
+        said.push((format!("metrics of {pod}"), cluster.metrics(part, host)?));
     }
     Ok(said)
 }

@@ -292,16 +292,12 @@ fn attempt(cluster: &Cluster, words: &[&str], as_whom: &[&str], body: &Value) ->
 
 /// How often an alarm was counted, by all keyds.
 pub(crate) fn alarms(cluster: &Cluster, reason: &str) -> Result<u64> {
-    let pods = cluster.get(["pods", "-n", "kube-system", "-l", "app.kubernetes.io/name=keyd"])?;
     let mut sum = 0;
-    for pod in pods["items"].as_array().into_iter().flatten() {
+    for pod in cluster.pods_of("keyd")? {
         let Some(host) = pod["status"]["hostIP"].as_str() else {
             continue;
         };
-        let url = format!("http://{host}:9964/metrics");
-        let text = cluster
-            .control_place()
-            .run(["curl", "-sS", "--max-time", "5", &url])?;
+        let text = cluster.metrics("keyd", host)?;
         let line = format!("warren_keyd_alarms_total{{reason=\"{reason}\"}} ");
         let counts = text
             .lines()

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context as _, Result, ensure};
-use warren_agent_api::AgentStatus;
 use warren_e2e::{cluster::Cluster, lab::wait::wait_until};
 
 use crate::scene::{PATIENCE, Scene, answers, nothing_lost};
@@ -34,28 +33,10 @@ pub(crate) fn signing_key(cluster: &Cluster, verb: &str) -> Result<Vec<u64>> {
     Ok(text.lines().filter_map(generation).collect())
 }
 
-fn agent_status(cluster: &Cluster, node: &str) -> Result<AgentStatus> {
-    let agent = cluster.pod_on("mesh-agent", node)?;
-    let command = [
-        "-n",
-        NAMESPACE,
-        "exec",
-        &agent,
-        "--",
-        "mesh-agent",
-        "status",
-        "-o",
-        "json",
-    ];
-    let output = cluster.kubectl_output(command)?;
-    serde_json::from_slice(&output.stdout)
-        .with_context(|| format!("{agent}: {}", String::from_utf8_lossy(&output.stderr).trim()))
-}
-
 fn wait_root(cluster: &Cluster, generation: u64) -> Result<()> {
     for node in cluster.nodes() {
         wait_until(PATIENCE, &format!("{} follows", node.name), || {
-            let root = agent_status(cluster, &node.name)?.root;
+            let root = cluster.agent_status(&node.name)?.root;
             let pinned = root.map_or(0, |root| root.generation);
             ensure!(pinned == generation, "it has pinned {pinned}");
             Ok(())
@@ -157,8 +138,7 @@ pub(crate) fn permissions(scene: &mut Scene) -> Result<()> {
         );
     }
     // And it does all its work with that: nothing of its log says that something was forbidden.
-    let pods = cluster.get(["pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/name=keyd"])?;
-    for pod in pods["items"].as_array().into_iter().flatten() {
+    for pod in cluster.pods_of("keyd")? {
         let name = pod["metadata"]["name"].as_str().context("a pod without a name")?;
         let log = cluster.kubectl(["-n", NAMESPACE, "logs", name])?;
         let refused = log.lines().find(|line| line.contains("orbidden"));

@@ -170,15 +170,8 @@ pub(crate) fn reports() -> Vec<Case> {
                         proof::public_key(&world.honest_key),
                     );
                     let keys = [(1, own.as_bytes().to_vec()), (2, stolen.as_bytes().to_vec())];
-                    world
-                        .hostile()
-                        .await
-                        .stream
-                        .send(Say::Held(Held {
-                            public_keys: keys.into(),
-                        }))
-                        .await;
-                    Ok(String::new())
+                    let public_keys = keys.into();
+                    world.says(Say::Held(Held { public_keys })).await
                 })
             },
         ),
@@ -189,15 +182,8 @@ pub(crate) fn reports() -> Vec<Case> {
             |world| {
                 Box::pin(async move {
                     let keys = [(1, world.victim_key.as_bytes().to_vec())];
-                    world
-                        .hostile()
-                        .await
-                        .stream
-                        .send(Say::Held(Held {
-                            public_keys: keys.into(),
-                        }))
-                        .await;
-                    Ok(String::new())
+                    let public_keys = keys.into();
+                    world.says(Say::Held(Held { public_keys })).await
                 })
             },
         ),
@@ -239,8 +225,7 @@ pub(crate) fn reports() -> Vec<Case> {
                         epoch,
                         version: version + 1000,
                     };
-                    world.hostile().await.stream.send(Say::Applied(applied)).await;
-                    Ok(String::new())
+                    world.says(Say::Applied(applied)).await
                 })
             },
         ),
@@ -254,8 +239,7 @@ pub(crate) fn reports() -> Vec<Case> {
                         epoch: u64::MAX,
                         version: 1,
                     };
-                    world.hostile().await.stream.send(Say::Applied(applied)).await;
-                    Ok(String::new())
+                    world.says(Say::Applied(applied)).await
                 })
             },
         ),
