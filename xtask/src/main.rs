@@ -8,6 +8,7 @@ mod bench;
 mod command;
 mod conformance;
 mod deps;
+mod disk;
 mod fuzz;
 mod generate;
 mod image;

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use self::programs::Kind;
 use crate::{
     command::{cargo, command, output, run as execute},
-    deps, generate, paths, permissions,
+    deps, disk, generate, paths, permissions,
     setup::{self, Group},
     vm,
 };
@@ -134,6 +134,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     let steps = chosen(&arguments.only)?;
+    disk::ensure_room()?;
     let start = Instant::now();
     let mut groups = Vec::new();
     for group in steps.iter().flat_map(|step| step.needs) {

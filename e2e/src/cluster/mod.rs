@@ -317,7 +317,17 @@ impl Cluster {
             };
             if !is_ready {
                 let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
-                waiting.push(format!("{} {}", text(&object["kind"]), text(&metadata["name"])));
+                // A pod that the kubelet refused says why: "Evicted: The node had condition: [DiskPressure]."
+                let why = match (status["reason"].as_str(), status["message"].as_str()) {
+                    (Some(reason), Some(message)) => format!(" ({reason}: {message})"),
+                    (Some(reason), None) => format!(" ({reason})"),
+                    (None, _) => String::new(),
+                };
+                waiting.push(format!(
+                    "{} {}{why}",
+                    text(&object["kind"]),
+                    text(&metadata["name"])
+                ));
             }
         }
         Ok(waiting)

@@ -10,13 +10,10 @@ use std::{
 };
 
 use ipnet::IpNet;
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{PreSharedKey, PrivateKey, PublicKey};
 use zeroize::Zeroizing;
 
 use crate::{DeviceChange, DeviceState, PeerState};
-
-/// A pre-shared key, wiped when dropped.
-pub(crate) type PresharedKey = Zeroizing<[u8; 32]>;
 
 /// Why a request is not one: the number of its line, from 1, and what is wrong. Never the text: it may be a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -52,7 +49,7 @@ pub(crate) struct SetPeer {
     pub(crate) remove: bool,
     pub(crate) update_only: bool,
     /// `Some(None)` takes the key away.
-    pub(crate) preshared_key: Option<Option<PresharedKey>>,
+    pub(crate) preshared_key: Option<Option<PreSharedKey>>,
     pub(crate) endpoint: Option<SocketAddr>,
     pub(crate) keepalive_seconds: Option<u16>,
     pub(crate) replace_allowed_ips: bool,
@@ -154,8 +151,7 @@ impl SetPeer {
             "remove" => self.remove = only_true(value)?,
             "update_only" => self.update_only = only_true(value)?,
             "preshared_key" => {
-                let bytes = hex_key(value)?;
-                self.preshared_key = Some((*bytes != [0; 32]).then_some(bytes));
+                self.preshared_key = Some(PreSharedKey::from_bytes(&*hex_key(value)?));
             }
             "endpoint" => self.endpoint = Some(parse_endpoint(value).ok_or("endpoint is ADDRESS:PORT")?),
             "persistent_keepalive_interval" => {
@@ -222,7 +218,7 @@ pub(crate) struct DeviceView {
     pub(crate) private_key: Option<PrivateKey>,
     pub(crate) listen_port: u16,
     pub(crate) fwmark: u32,
-    pub(crate) peers: Vec<(PeerState, Option<PresharedKey>)>,
+    pub(crate) peers: Vec<(PeerState, Option<PreSharedKey>)>,
 }
 
 /// The answer to `get=1`, without the line `errno=0` and the empty line after it.
@@ -243,7 +239,7 @@ pub(crate) fn format_view(view: &DeviceView) -> Zeroizing<String> {
     for (peer, preshared_key) in &view.peers {
         put_key(out, "public_key", peer.public_key.as_bytes());
         if let Some(key) = preshared_key {
-            put_key(out, "preshared_key", key);
+            put_key(out, "preshared_key", key.expose());
         }
         put(out, "protocol_version", 1);
         if let Some(endpoint) = peer.endpoint {

@@ -191,8 +191,8 @@ proptest! {
             peers: peers
                 .iter()
                 .map(|peer| {
-                    let secret = Zeroizing::new([peer.public_key.as_bytes()[0]; 32]);
-                    (peer.clone(), peer.pre_shared_key.map(|_| secret))
+                    let secret = PreSharedKey::from_bytes(&[peer.public_key.as_bytes()[0]; 32]);
+                    (peer.clone(), secret.filter(|_| peer.pre_shared_key.is_some()))
                 })
                 .collect(),
         };

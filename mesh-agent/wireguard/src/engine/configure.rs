@@ -23,7 +23,7 @@ use super::{
     udp::Sockets,
 };
 use crate::{
-    PeerState,
+    PeerState, psk_id,
     uapi::{AllowedIpChange, DeviceView, SetPeer, SetRequest},
 };
 
@@ -43,7 +43,7 @@ pub(super) fn view_state(state: &State) -> DeviceView {
         let view = peer.view();
         let state = PeerState {
             public_key: peer.key,
-            pre_shared_key: view.preshared_key.as_deref().and_then(crate::some_psk_id),
+            pre_shared_key: view.preshared_key.as_ref().map(|key| psk_id(key.expose())),
             endpoint: view.endpoint,
             keepalive_seconds: view.keepalive_seconds,
             allowed_ips: prefixes.remove(&peer.index).unwrap_or_default(),
@@ -254,3 +254,7 @@ fn wake(device: &Device, peers: Vec<(Arc<Peer>, bool)>) {
         peer.wake(anew, device.path(&sockets), &mut out);
     }
 }
+
+#[cfg(test)]
+#[path = "configure_tests.rs"]
+mod tests;

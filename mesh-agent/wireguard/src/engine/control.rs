@@ -183,7 +183,7 @@ pub(super) fn serve_device(device: &Weak<Device>, stream: UnixStream) -> io::Res
 /// Overwrites the stack below the caller, where a key was computed with: a thread's stack outlives the thread, in the
 /// allocator's store of stacks.
 #[inline(never)]
-fn wipe_stack() {
+pub(super) fn wipe_stack() {
     let mut below = Zeroizing::new([0_u8; 64 * 1024]);
     std::hint::black_box(below.as_mut_slice());
 }

@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 use zeroize::Zeroizing;
 
 use super::{
@@ -33,7 +33,6 @@ use super::{
     },
     transport::{OVERHEAD, Opened, Tick, Transport},
 };
-use crate::uapi::PresharedKey;
 
 /// How long an answer to an initiation is waited for, and how much longer at random.
 const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -57,7 +56,7 @@ pub(super) struct Machine {
     peer: x25519_dalek::PublicKey,
     /// The peer's index on the device.
     index: u32,
-    preshared_key: Zeroizing<[u8; 32]>,
+    preshared_key: Option<PreSharedKey>,
     /// Computed at the first handshake: it costs as much as a part of one. `Err` for a key of low order.
     static_static: Option<Result<Zeroizing<[u8; 32]>, noise::Refused>>,
     authenticator: Authenticator,
@@ -126,14 +125,14 @@ impl Machine {
     pub(super) fn new(
         shared: Arc<Shared>,
         peer: &PublicKey,
-        preshared_key: Option<&PresharedKey>,
+        preshared_key: Option<&PreSharedKey>,
         index: u32,
     ) -> Self {
         Self {
             shared,
             peer: (*peer.as_bytes()).into(),
             index,
-            preshared_key: preshared_key.cloned().unwrap_or_default(),
+            preshared_key: preshared_key.cloned(),
             static_static: None,
             authenticator: Authenticator::new(peer.as_bytes()),
             attempt: None,
@@ -164,7 +163,8 @@ impl Machine {
             own: &shared.keys,
             peer: &self.peer,
             static_static,
-            preshared_key: &self.preshared_key,
+            // "If no preshared key is in use, it is all zero": the paper's section 5.4.
+            preshared_key: self.preshared_key.as_ref().map_or(&[0; 32], PreSharedKey::expose),
         };
         work(&pair).map_err(|noise::Refused| DropReason::HandshakeRefused)
     }

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Instant};
 
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 
 use super::{
     super::{
@@ -64,7 +64,8 @@ fn moment(out: &mut Writer, moment: &Option<Instant>) {
 
 impl Machine {
     pub(super) fn write_image(&self, out: &mut Writer) {
-        out.raw(&*self.preshared_key);
+        let preshared_key = self.preshared_key.as_ref();
+        out.raw(preshared_key.map_or(&[0; 32], |key| key.expose()));
         self.authenticator.write(out);
         out.option(self.attempt.as_ref(), |out, attempt| attempt.write(out));
         for session in [&self.current, &self.next] {
@@ -88,9 +89,9 @@ impl Machine {
         index: u32,
         from: &mut Reader<'_>,
     ) -> Result<Self, Damaged> {
-        let preshared_key = from.secret()?;
+        let preshared_key = PreSharedKey::from_bytes(&*from.secret()?);
         let session = |from: &mut Reader<'_>| Session::read(shared, index, from);
-        let mut machine = Self::new(Arc::clone(shared), peer, Some(&preshared_key), index);
+        let mut machine = Self::new(Arc::clone(shared), peer, preshared_key.as_ref(), index);
         machine.authenticator = Authenticator::read(peer.as_bytes(), from)?;
         machine.attempt = from.option(|from| Attempt::read(shared, index, from))?;
         machine.current = from.option(session)?;

@@ -11,7 +11,7 @@ use boringtun::{
     x25519,
 };
 use proptest::prelude::*;
-use warren_model::PrivateKey;
+use warren_model::{PreSharedKey, PrivateKey};
 
 use super::*;
 use crate::engine::{
@@ -62,7 +62,7 @@ impl End {
         };
         let epoch = (start, UNIX_EPOCH + Duration::from_secs(1_700_000_000));
         let identity = OwnIdentity::with(&private(own), epoch, Box::new(random));
-        let preshared = preshared.map(|byte| Zeroizing::new([byte; 32]));
+        let preshared = preshared.and_then(|byte| PreSharedKey::from_bytes(&[byte; 32]));
         Self {
             machine: identity.machine(&public(peer), preshared.as_ref(), 7),
             identity,

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{PreSharedKey, PrivateKey, PublicKey};
 
 use super::{
     cookie::{COOKIE_REPLY, Gate, TYPE_COOKIE, Verdict},
@@ -20,7 +20,6 @@ use super::{
     stamp_clock,
     transport::{Admission, Identity, OVERHEAD, Transport},
 };
-use crate::uapi::PresharedKey;
 
 /// Random bytes; tests have their own.
 pub(super) type Random = Box<dyn Fn(&mut [u8]) + Send + Sync>;
@@ -97,7 +96,7 @@ impl OwnIdentity {
     pub(super) fn machine(
         &self,
         peer: &PublicKey,
-        preshared_key: Option<&PresharedKey>,
+        preshared_key: Option<&PreSharedKey>,
         index: u32,
     ) -> Machine {
         Machine::new(Arc::clone(&self.0), peer, preshared_key, index)
@@ -201,7 +200,7 @@ impl Identity for OwnIdentity {
     fn transport(
         &self,
         peer: &PublicKey,
-        preshared_key: Option<&PresharedKey>,
+        preshared_key: Option<&PreSharedKey>,
         index: u32,
     ) -> Box<dyn Transport> {
         Box::new(Machine::new(Arc::clone(&self.0), peer, preshared_key, index))

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 
 use super::{
     drops::{Counters, DropReason},
@@ -19,7 +19,6 @@ use super::{
     transport::{DATA_HEADER, Identity, LARGEST_HANDSHAKE, Layout, OVERHEAD, Opened, TAG, Tick, Transport},
     udp::Sockets,
 };
-use crate::uapi::PresharedKey;
 
 /// Packets that may wait for a handshake.
 const QUEUE: usize = 256;
@@ -50,7 +49,7 @@ struct Inner {
     /// The transport with the pre-shared key before the last change: its sessions live on until they end or the new
     /// key's first is there, as with other implementations.
     previous: Option<Box<dyn Transport>>,
-    preshared_key: Option<PresharedKey>,
+    preshared_key: Option<PreSharedKey>,
     endpoint: Option<SocketAddr>,
     keepalive_seconds: u16,
     /// Messages that are not sealed yet.
@@ -89,7 +88,7 @@ pub(super) struct Path<'a> {
 
 /// A peer's settings and figures.
 pub(super) struct PeerView {
-    pub(super) preshared_key: Option<PresharedKey>,
+    pub(super) preshared_key: Option<PreSharedKey>,
     pub(super) endpoint: Option<SocketAddr>,
     pub(super) keepalive_seconds: u16,
     pub(super) last_handshake: Option<SystemTime>,
@@ -100,7 +99,7 @@ pub(super) struct PeerView {
 /// What a configuration request changes of a peer.
 #[derive(Default)]
 pub(super) struct PeerChange {
-    pub(super) preshared_key: Option<Option<PresharedKey>>,
+    pub(super) preshared_key: Option<Option<PreSharedKey>>,
     pub(super) endpoint: Option<SocketAddr>,
     pub(super) keepalive_seconds: Option<u16>,
 }

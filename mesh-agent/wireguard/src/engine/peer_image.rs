@@ -3,7 +3,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 
 use super::{
     super::{
@@ -20,7 +20,7 @@ impl Peer {
         let inner = self.lock();
         out.raw(self.key.as_bytes());
         out.u32(self.index);
-        out.option(inner.preshared_key.as_ref(), |out, key| out.raw(&**key));
+        out.option(inner.preshared_key.as_ref(), |out, key| out.raw(key.expose()));
         out.u16(inner.keepalive_seconds);
     }
 
@@ -30,7 +30,9 @@ impl Peer {
         let peer = Self::new(key, from.u32()?, None);
         {
             let mut inner = peer.lock();
-            inner.preshared_key = from.option(Reader::secret)?;
+            inner.preshared_key = from
+                .option(|from| from.secret())?
+                .and_then(|key| PreSharedKey::from_bytes(&key));
             inner.keepalive_seconds = from.u16()?;
         }
         Ok(peer)

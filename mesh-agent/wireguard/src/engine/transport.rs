@@ -5,14 +5,13 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
-use warren_model::PublicKey;
+use warren_model::{PreSharedKey, PublicKey};
 
 use super::{
     drops::DropReason,
     image::{Damaged, Reader, Writer},
     session::{Receiving, Sealing},
 };
-use crate::uapi::PresharedKey;
 
 /// Bytes in front of the packet in a data message: type, index, counter.
 pub(super) const DATA_HEADER: usize = 16;
@@ -75,7 +74,7 @@ pub(super) trait Identity: Send + Sync {
     fn transport(
         &self,
         peer: &PublicKey,
-        preshared_key: Option<&PresharedKey>,
+        preshared_key: Option<&PreSharedKey>,
         index: u32,
     ) -> Box<dyn Transport>;
 

@@ -22,13 +22,12 @@ use boringtun::{
     },
     x25519,
 };
-use warren_model::{PrivateKey, PublicKey};
+use warren_model::{PreSharedKey, PrivateKey, PublicKey};
 
 use super::{
     drops::DropReason,
     transport::{Admission, DATA_HEADER, Identity, Opened, TAG, Tick, Transport},
 };
-use crate::uapi::PresharedKey;
 
 /// Handshakes per second and device from which on a cookie is asked for.
 const HANDSHAKES_PER_SECOND: u64 = 200;
@@ -89,11 +88,11 @@ impl Identity for TunnIdentity {
     fn transport(
         &self,
         peer: &PublicKey,
-        preshared_key: Option<&PresharedKey>,
+        preshared_key: Option<&PreSharedKey>,
         index: u32,
     ) -> Box<dyn Transport> {
         let peer = x25519::PublicKey::from(*peer.as_bytes());
-        let preshared_key = preshared_key.map(|key| **key);
+        let preshared_key = preshared_key.map(|key| *key.expose());
         let limiter = Some(Arc::clone(&self.unlimited));
         Box::new(TunnTransport {
             tunn: Tunn::new(self.secret.clone(), peer, preshared_key, None, index, limiter),

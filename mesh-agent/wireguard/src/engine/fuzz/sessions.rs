@@ -10,8 +10,7 @@ use std::{
     time::{Duration, Instant, UNIX_EPOCH},
 };
 
-use warren_model::{PrivateKey, PublicKey};
-use zeroize::Zeroizing;
+use warren_model::{PreSharedKey, PrivateKey, PublicKey};
 
 use super::{
     super::{
@@ -58,7 +57,7 @@ fn identity(own: u8, start: Instant, life: u64) -> OwnIdentity {
 impl End {
     fn new(own: u8, peer: u8, preshared: bool, start: Instant) -> Self {
         let identity = identity(own, start, 0);
-        let preshared = preshared.then(|| Zeroizing::new([9; 32]));
+        let preshared = preshared.then(|| PreSharedKey::from_bytes(&[9; 32])).flatten();
         Self {
             own,
             start,
