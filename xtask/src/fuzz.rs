@@ -5,7 +5,10 @@ mod engine;
 use anyhow::Result;
 use clap::Subcommand;
 
-use crate::lab::{Passed, stand_alone};
+use crate::{
+    image::Profile,
+    lab::{Passed, stand_alone},
+};
 
 /// What can be fuzzed.
 #[derive(Subcommand)]
@@ -21,7 +24,7 @@ pub(crate) enum Fuzz {
 /// See `warren-fuzz --help`.
 pub(crate) fn run(fuzz: &Fuzz) -> Result<()> {
     match fuzz {
-        Fuzz::Policy(passed) => stand_alone("warren-fuzz", &passed.behind("policy")),
+        Fuzz::Policy(passed) => stand_alone("warren-fuzz", Profile::Dev, &passed.behind("policy")),
         Fuzz::Engine(arguments) => engine::run(arguments),
     }
 }

@@ -28,25 +28,25 @@ impl Passed {
 
 /// See `warren-demo --help`.
 pub(crate) fn demo(passed: &Passed) -> Result<()> {
-    stand_alone("warren-demo", passed)
+    stand_alone("warren-demo", Profile::Dev, passed)
 }
 
 /// See `warren-lab --help`.
 pub(crate) fn lab(passed: &Passed) -> Result<()> {
-    stand_alone("warren-lab", passed)
+    stand_alone("warren-lab", Profile::Dev, passed)
 }
 
 /// See `warren-first-packet --help`.
 pub(crate) fn first_packet(passed: &Passed) -> Result<()> {
-    stand_alone("warren-first-packet", passed)
+    stand_alone("warren-first-packet", Profile::Dev, passed)
 }
 
 /// Builds everything and runs a program that needs root and namespaces.
-pub(crate) fn stand_alone(program: &str, passed: &Passed) -> Result<()> {
+pub(crate) fn stand_alone(program: &str, profile: Profile, passed: &Passed) -> Result<()> {
     ensure(&[Group::Base, Group::Bpf])?;
     println!("building (minutes the first time) ...");
-    run(cargo().args(["build", "--workspace"]))?;
-    start(program, passed)
+    run(cargo().args(["build", "--workspace", "--profile", profile.names().0]))?;
+    start(program, profile, passed)
 }
 
 /// See `warren-cluster --help`. Only `up` builds anything else.
@@ -58,7 +58,7 @@ pub(crate) fn cluster(passed: &Passed) -> Result<()> {
         image::build(if plain { &kubernetes } else { &[] }, Profile::Dev)?;
     }
     run(cargo().args(["build", "--quiet", "--workspace"]))?;
-    start("warren-cluster", passed)
+    start("warren-cluster", Profile::Dev, passed)
 }
 
 /// A verb of `warren-cluster` that starts a cluster of its own, with Warren in it, built like this.
@@ -69,12 +69,14 @@ pub(crate) fn in_cluster(verb: &str, profile: Profile, passed: &Passed) -> Resul
     let arguments = std::iter::once(verb.to_owned()).chain(passed.arguments.iter().cloned());
     start(
         "warren-cluster",
+        Profile::Dev,
         &Passed {
             arguments: arguments.collect(),
         },
     )
 }
 
-fn start(program: &str, passed: &Passed) -> Result<()> {
-    run(command(paths::target().join("debug").join(program)).args(&passed.arguments))
+fn start(program: &str, profile: Profile, passed: &Passed) -> Result<()> {
+    let folder = paths::target().join(profile.names().1);
+    run(command(folder.join(program)).args(&passed.arguments))
 }

@@ -19,9 +19,6 @@ use crate::{
 /// The limit ends a broken run.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Packets a second of each of the four flows.
-const RATE: u32 = 500;
-
 /// Restarts that one set of flows lives through: a report keeps a bit for each packet.
 const TOGETHER: u32 = 20;
 
@@ -40,6 +37,9 @@ pub struct LifeArgs {
     /// How often a tunnel process is killed.
     #[arg(long, default_value_t = 10)]
     pub kills: u32,
+    /// Packets a second of each of the four flows.
+    #[arg(long, default_value_t = 500)]
+    pub rate: u32,
 }
 
 /// What became of it.
@@ -81,8 +81,8 @@ pub fn life(args: &LifeArgs) -> Result<()> {
             pods[0].ping(*address, 3, 56)?;
         }
         let capture = lab.capture()?;
-        agents(lab, &pods, args.restarts, &mut figures)?;
-        tunnels(lab, &pods, args.kills, &mut figures)?;
+        agents(lab, &pods, args, &mut figures)?;
+        tunnels(lab, &pods, args, &mut figures)?;
         let seen = capture.finish()?;
         (figures.plaintext_packets, figures.encrypted_packets) = (seen.plaintext, seen.encrypted);
         Ok(())
@@ -111,12 +111,12 @@ pub fn life(args: &LifeArgs) -> Result<()> {
 }
 
 /// Both directions, both families.
-fn flows(pods: &[Pod; 2]) -> Result<Vec<Flow>> {
+fn flows(pods: &[Pod; 2], rate: u32) -> Result<Vec<Flow>> {
     let [first, second] = pods;
     let mut flows = Vec::new();
     for (from, to) in [(first, second), (second, first)] {
         for address in to.addresses() {
-            flows.push(from.flow(*address, RATE)?);
+            flows.push(from.flow(*address, rate)?);
         }
     }
     Ok(flows)
@@ -127,10 +127,11 @@ fn finish(mut flows: Vec<Flow>) -> Result<Vec<FlowReport>> {
     flows.into_iter().map(Flow::finish).collect()
 }
 
-fn agents(lab: &Lab, pods: &[Pod; 2], restarts: u32, figures: &mut Figures) -> Result<()> {
+fn agents(lab: &Lab, pods: &[Pod; 2], args: &LifeArgs, figures: &mut Figures) -> Result<()> {
+    let restarts = args.restarts;
     let mut seconds = Vec::new();
     while figures.agent_restarts < restarts {
-        let running = flows(pods)?;
+        let running = flows(pods, args.rate)?;
         for _ in 0..TOGETHER.min(restarts - figures.agent_restarts) {
             let node = lab.node(1 + (figures.agent_restarts % 2) as u8);
             let start = Instant::now();
@@ -157,10 +158,10 @@ fn agents(lab: &Lab, pods: &[Pod; 2], restarts: u32, figures: &mut Figures) -> R
 }
 
 /// The agent starts the tunnel again and configures it.
-fn tunnels(lab: &Lab, pods: &[Pod; 2], kills: u32, figures: &mut Figures) -> Result<()> {
+fn tunnels(lab: &Lab, pods: &[Pod; 2], args: &LifeArgs, figures: &mut Figures) -> Result<()> {
     let mut gaps = Vec::new();
-    for kill in 0..kills {
-        let running = flows(pods)?;
+    for kill in 0..args.kills {
+        let running = flows(pods, args.rate)?;
         // The flows are the clock.
         thread::sleep(AROUND);
         lab.node(1 + (kill % 2) as u8).kill_tunnel()?;

@@ -14,6 +14,8 @@ use warren_model::{PreSharedKey, PrivateKey, PskId, PublicKey};
 pub mod engine;
 mod fake;
 mod kernel;
+#[cfg(test)]
+mod memory_search;
 mod uapi;
 mod userspace;
 
@@ -110,6 +112,14 @@ pub fn psk_id(key: &[u8; 32]) -> PskId {
 /// The name of what a device says of a peer's pre-shared key, where all zero means none.
 pub(crate) fn some_psk_id(key: &[u8; 32]) -> Option<PskId> {
     (*key != [0; 32]).then(|| psk_id(key))
+}
+
+/// Overwrites the stack below the caller, where a key was computed with: a thread's stack outlives the thread, in the
+/// allocator's store of stacks.
+#[inline(never)]
+pub(crate) fn wipe_stack() {
+    let mut below = zeroize::Zeroizing::new([0_u8; 64 * 1024]);
+    std::hint::black_box(below.as_mut_slice());
 }
 
 /// Why a device could not be read or changed.

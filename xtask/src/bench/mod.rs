@@ -1,6 +1,5 @@
 //! `cargo xtask bench`: how fast, beside others.
 
-mod bpf;
 mod tunnel;
 
 use anyhow::Result;
@@ -40,10 +39,15 @@ pub(crate) enum Bench {
 pub(crate) fn run(bench: &Bench) -> Result<()> {
     match bench {
         Bench::Tunnel(passed) => tunnel::run(passed),
-        Bench::Bpf(passed) => bpf::run(passed),
-        Bench::Rotation(passed) => stand_alone("warren-bench", &passed.behind("rotation")),
-        Bench::Life(passed) => stand_alone("warren-bench", &passed.behind("life")),
-        Bench::Revoke(passed) => stand_alone("warren-bench", &passed.behind("revoke")),
+        Bench::Bpf(passed) => in_lab("bpf", passed),
+        Bench::Rotation(passed) => in_lab("rotation", passed),
+        Bench::Life(passed) => in_lab("life", passed),
+        Bench::Revoke(passed) => in_lab("revoke", passed),
         Bench::Policy(passed) => in_cluster("bench-policy", Profile::Fast, passed),
     }
+}
+
+/// A verb of `warren-bench`, in a stand-alone lab of programs as quick as those that are shipped.
+fn in_lab(verb: &str, passed: &Passed) -> Result<()> {
+    stand_alone("warren-bench", Profile::Fast, &passed.behind(verb))
 }

@@ -68,7 +68,7 @@ pub(crate) enum Profile {
 
 impl Profile {
     /// Its name, and that of its folder below `target`.
-    fn names(self) -> (&'static str, &'static str) {
+    pub(crate) fn names(self) -> (&'static str, &'static str) {
         match self {
             Self::Dev => ("dev", "debug"),
             Self::Fast => ("fast", "fast"),

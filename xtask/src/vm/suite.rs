@@ -36,6 +36,16 @@ macro_rules! scenarios {
     };
 }
 
+/// A bench in the stand-alone lab; what is waited for may take ten times as long.
+macro_rules! lab {
+    ($arguments:literal) => {
+        concat!(
+            "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/warren-bench ",
+            $arguments
+        )
+    };
+}
+
 const STEPS: &[Step] = &[
     Step {
         name: SHORT,
@@ -78,6 +88,20 @@ const STEPS: &[Step] = &[
         script: "$BIN/two_nodes --test-threads=1 pods_talk",
     },
     Step {
+        name: "rotation",
+        about: "the stand-alone lab on the kernel's WireGuard: keys rotate under traffic, of old ones nothing is left",
+        tests: &[],
+        script: lab!(
+            "rotation --nodes 2 --rotations 1 --rate 50 --others 50 --json $WARREN_VM_RESULTS/rotation.json"
+        ),
+    },
+    Step {
+        name: "life",
+        about: "the stand-alone lab on the kernel's WireGuard: agents are killed under traffic",
+        tests: &[],
+        script: lab!("life --restarts 4 --kills 0 --rate 50 --json $WARREN_VM_RESULTS/life.json"),
+    },
+    Step {
         name: "demo",
         about: "the stand-alone lab on the kernel's WireGuard: capture, an agent killed under traffic, a rotation",
         tests: &[],
@@ -89,6 +113,7 @@ const STEPS: &[Step] = &[
 const PROGRAMS: &[&str] = &[
     "warren-tunnel-engine",
     "warren-demo",
+    "warren-bench",
     "warren-lab-app",
     "mesh-agent",
     "keyd",

@@ -123,6 +123,11 @@ impl Traffic {
         })
     }
 
+    /// For how long it has flowed.
+    pub fn elapsed(&self) -> Duration {
+        self.start.elapsed()
+    }
+
     /// Lets it flow for so long since its start. The traffic is the clock.
     pub fn flow_for(&self, time: Duration) -> Result<()> {
         let over = || self.start.elapsed() >= time;
@@ -131,12 +136,20 @@ impl Traffic {
 
     /// Stops it and counts.
     pub fn finish(mut self) -> Result<Tally> {
+        let time = self.start.elapsed().as_secs_f64();
         self.loads.iter_mut().for_each(Load::stop);
         let mut tally = Tally::default();
         for load in self.loads {
             let report = load.finish().context("a load did not end well")?;
             ensure!(!report.flows.is_empty(), "a load sent nothing");
             for flow in &report.flows {
+                if let Some((first, last)) = flow.lost_runs.first() {
+                    let after = *first as f64 * time / flow.sent as f64;
+                    eprintln!(
+                        "to {}: {} of {} lost, of {first} to {last} first, {after:.0} s after the start; the first runs: {:?}",
+                        flow.receiver, flow.lost, flow.sent, flow.lost_runs
+                    );
+                }
                 tally.sent += flow.sent;
                 tally.lost += flow.lost;
                 tally.duplicated += flow.duplicated;

@@ -226,13 +226,13 @@ fn rotate_all(lab: &Lab, options: &Options) -> Result<Run> {
     let (mut seconds, mut keys_gone) = (Vec::new(), 0);
     for number in 0..options.cluster {
         let former = Former::note(lab, &all, number == 0)?;
-        seconds.push(rotate_once(lab, &["--all"])?);
+        seconds.push(rotate_once(lab, &traffic, &["--all"])?);
         keys_gone += former.gone(lab)?;
     }
     for number in 0..options.single {
         let node = all[number as usize % all.len()];
         let former = Former::note(lab, &[node], false)?;
-        seconds.push(rotate_once(lab, &["--node", &lab.node(node).name])?);
+        seconds.push(rotate_once(lab, &traffic, &["--node", &lab.node(node).name])?);
         keys_gone += former.gone(lab)?;
     }
     let tally = traffic.finish()?;
@@ -280,11 +280,11 @@ fn carried(lab: &Lab, pods: &[Pod], options: &Options) -> Result<(Rates, Tally)>
 }
 
 /// A rotation; how long it took, in seconds.
-fn rotate_once(lab: &Lab, which: &[&str]) -> Result<f64> {
-    let start = Instant::now();
+fn rotate_once(lab: &Lab, traffic: &Traffic, which: &[&str]) -> Result<f64> {
+    let (start, flowed) = (Instant::now(), traffic.elapsed().as_secs());
     lab.rotate(&[which, &QUICKLY].concat())?;
     let seconds = start.elapsed().as_secs_f64();
-    eprintln!("{} rotated in {seconds:.1} s", which.join(" "));
+    eprintln!("after {flowed} s: {} rotated in {seconds:.1} s", which.join(" "));
     Ok(seconds)
 }
 

@@ -1,48 +1,16 @@
 //! What configuration leaves behind.
 
-use std::{
-    fs::{self, File},
-    os::unix::fs::FileExt as _,
-};
-
 use zeroize::Zeroizing;
 
 use super::{
-    super::{Implementation, control::wipe_stack, device::State},
+    super::{Implementation, device::State},
     apply,
 };
-use crate::uapi::{Request, parse_request};
-
-/// Bytes of a key's middle: whoever frees memory overwrites the beginning.
-const MIDDLE: std::ops::Range<usize> = 1..16;
-
-/// How often the middle of the key whose complement this is occurs in this process's memory.
-fn occurrences(complement: &[u8; 32]) -> usize {
-    let wanted = &complement[MIDDLE];
-    let memory = File::open("/proc/self/mem").unwrap();
-    let mut bytes = Vec::new();
-    let mut found = 0;
-    for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
-        let (range, rest) = line.split_once(' ').unwrap();
-        if !rest.starts_with("rw") || rest.ends_with("[vvar]") {
-            continue;
-        }
-        let (start, end) = range.split_once('-').unwrap();
-        let address = |text| u64::from_str_radix(text, 16).unwrap();
-        bytes.resize((address(end) - address(start)) as usize, 0);
-        // A neighbour's stack may be gone by now.
-        if memory.read_exact_at(&mut bytes, address(start)).is_err() {
-            continue;
-        }
-        // As complements, so that what was read is not found again.
-        bytes.iter_mut().for_each(|byte| *byte = !*byte);
-        found += bytes
-            .windows(wanted.len())
-            .filter(|window| *window == wanted)
-            .count();
-    }
-    found
-}
+use crate::{
+    memory_search::occurrences,
+    uapi::{Request, parse_request},
+    wipe_stack,
+};
 
 /// One request: pre-shared keys for these peers, all of which begin alike; or their removal.
 fn request(peers: std::ops::Range<u8>, complement: Option<&[u8; 32]>) -> Zeroizing<String> {

@@ -170,7 +170,7 @@ pub(super) fn serve_device(device: &Weak<Device>, stream: UnixStream) -> io::Res
         };
         let answer = answer(&device, &request);
         drop(request);
-        wipe_stack();
+        crate::wipe_stack();
         match answer {
             Some(answer) => writer.write_all(answer.as_bytes())?,
             // Let go of, perhaps to a successor: whoever asks again finds out.
@@ -178,14 +178,6 @@ pub(super) fn serve_device(device: &Weak<Device>, stream: UnixStream) -> io::Res
         }
     }
     Ok(())
-}
-
-/// Overwrites the stack below the caller, where a key was computed with: a thread's stack outlives the thread, in the
-/// allocator's store of stacks.
-#[inline(never)]
-pub(super) fn wipe_stack() {
-    let mut below = Zeroizing::new([0_u8; 64 * 1024]);
-    std::hint::black_box(below.as_mut_slice());
 }
 
 /// A buffered reader whose buffer is wiped at its end: requests carry private keys.

@@ -1,4 +1,5 @@
-//! Changes and states as netlink attributes, and back. No IO.
+//! Changes and states as netlink attributes, and back. No IO. Keys are in buffers that are wiped: requests before they are
+//! let go of ([`Attributes`]), answers before they are parsed ([`redact`]).
 
 use std::{
     collections::BTreeMap,
@@ -7,12 +8,15 @@ use std::{
 };
 
 use ipnet::IpNet;
-use netlink_packet_core::Emitable as _;
+use netlink_packet_core::{Emitable as _, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_generic::GenlMessage;
 use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAllowedIpFlags,
-    WireguardAttribute, WireguardDeviceFlags, WireguardPeer, WireguardPeerAttribute, WireguardPeerFlags,
+    WireguardAttribute, WireguardCmd, WireguardDeviceFlags, WireguardMessage, WireguardPeer,
+    WireguardPeerAttribute, WireguardPeerFlags,
 };
-use warren_model::PublicKey;
+use warren_model::{PskId, PublicKey};
+use zeroize::{Zeroize as _, Zeroizing};
 
 use crate::{DeviceChange, DeviceState, PeerState};
 
@@ -23,9 +27,64 @@ const PEERS_LIMIT: usize = 16 * 1024;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     /// Send these attributes.
-    Set(Vec<WireguardAttribute>),
+    Set(Attributes),
     /// Take a prefix from a peer of a kernel that cannot do so on request.
     TakeAway { public_key: PublicKey, prefix: IpNet },
+}
+
+/// Attributes of a request. The keys among them are wiped when it is dropped, and stay where they are until then: lists of
+/// them must not grow, since a list that grows leaves its content behind.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub(super) struct Attributes(pub(super) Vec<WireguardAttribute>);
+
+impl std::fmt::Debug for Attributes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} attributes", self.0.len())
+    }
+}
+
+impl Drop for Attributes {
+    fn drop(&mut self) {
+        for attribute in &mut self.0 {
+            match attribute {
+                WireguardAttribute::PrivateKey(key) => key.zeroize(),
+                WireguardAttribute::Peers(peers) => {
+                    for attribute in peers.iter_mut().flat_map(|WireguardPeer(peer)| peer) {
+                        if let WireguardPeerAttribute::PresharedKey(key) = attribute {
+                            key.zeroize();
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// A request as the kernel reads it.
+pub(super) fn request(
+    family: u16,
+    flags: u16,
+    sequence: u32,
+    cmd: WireguardCmd,
+    mut attributes: Attributes,
+) -> Zeroizing<Vec<u8>> {
+    let mut request = NetlinkMessage::from(GenlMessage::from_payload(WireguardMessage {
+        cmd,
+        attributes: std::mem::take(&mut attributes.0),
+    }));
+    if let NetlinkPayload::InnerMessage(message) = &mut request.payload {
+        message.set_resolved_family_id(family);
+    }
+    request.header.flags = NLM_F_REQUEST | flags;
+    request.header.sequence_number = sequence;
+    request.finalize();
+    let mut bytes = Zeroizing::new(vec![0; request.buffer_len()]);
+    request.serialize(&mut bytes);
+    if let NetlinkPayload::InnerMessage(message) = request.payload {
+        attributes.0 = message.into_parts().1.attributes;
+    }
+    bytes
 }
 
 /// Turns changes into steps, as few as the order allows.
@@ -41,11 +100,11 @@ pub(super) fn plan(device: &str, changes: &[DeviceChange], removes_prefixes: boo
             DeviceChange::SetDevice {
                 private_key,
                 listen_port,
-            } => plan.device(vec![
-                WireguardAttribute::PrivateKey(*private_key.expose()),
+            } => plan.device([
                 WireguardAttribute::ListenPort(*listen_port),
+                WireguardAttribute::PrivateKey(*private_key.expose()),
             ]),
-            DeviceChange::Clear => plan.device(vec![
+            DeviceChange::Clear => plan.device([
                 WireguardAttribute::Flags(WireguardDeviceFlags::ReplacePeers),
                 WireguardAttribute::PrivateKey([0; 32]),
             ]),
@@ -55,10 +114,9 @@ pub(super) fn plan(device: &str, changes: &[DeviceChange], removes_prefixes: boo
                 endpoint,
                 keepalive_seconds,
             } => {
-                let mut peer = vec![
-                    WireguardPeerAttribute::PublicKey(*public_key.as_bytes()),
-                    WireguardPeerAttribute::PersistentKeepalive(*keepalive_seconds),
-                ];
+                let mut peer = Vec::with_capacity(4);
+                peer.push(WireguardPeerAttribute::PublicKey(*public_key.as_bytes()));
+                peer.push(WireguardPeerAttribute::PersistentKeepalive(*keepalive_seconds));
                 let key = pre_shared_key.as_ref();
                 peer.extend(key.map(|key| WireguardPeerAttribute::PresharedKey(*key.expose())));
                 peer.extend(endpoint.map(WireguardPeerAttribute::Endpoint));
@@ -94,10 +152,12 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn device(&mut self, mut attributes: Vec<WireguardAttribute>) {
+    fn device(&mut self, settings: [WireguardAttribute; 2]) {
         self.flush();
-        attributes.insert(0, WireguardAttribute::IfName(self.device.into()));
-        self.steps.push(Step::Set(attributes));
+        let mut attributes = Vec::with_capacity(1 + settings.len());
+        attributes.push(WireguardAttribute::IfName(self.device.into()));
+        attributes.extend(settings);
+        self.steps.push(Step::Set(Attributes(attributes)));
     }
 
     fn peer(&mut self, peer: WireguardPeer) {
@@ -136,11 +196,11 @@ impl Planner<'_> {
     }
 }
 
-fn set_peers(device: &str, peers: Vec<WireguardPeer>) -> Vec<WireguardAttribute> {
-    vec![
+fn set_peers(device: &str, peers: Vec<WireguardPeer>) -> Attributes {
+    Attributes(vec![
         WireguardAttribute::IfName(device.into()),
         WireguardAttribute::Peers(peers),
-    ]
+    ])
 }
 
 fn with_flags(public_key: &PublicKey, flags: WireguardPeerFlags) -> WireguardPeer {
@@ -151,7 +211,7 @@ fn with_flags(public_key: &PublicKey, flags: WireguardPeerFlags) -> WireguardPee
 }
 
 /// Takes a prefix away by giving it to a peer that is removed by the same message.
-pub(super) fn discard(device: &str, throw_away: PublicKey, prefix: IpNet) -> Vec<WireguardAttribute> {
+pub(super) fn discard(device: &str, throw_away: PublicKey, prefix: IpNet) -> Attributes {
     let taker = WireguardPeer(vec![
         WireguardPeerAttribute::PublicKey(*throw_away.as_bytes()),
         WireguardPeerAttribute::AllowedIps(vec![allowed_ip(prefix, false)]),
@@ -179,7 +239,51 @@ fn allowed_ip(prefix: IpNet, remove: bool) -> WireguardAllowedIp {
     WireguardAllowedIp(attributes)
 }
 
-/// What a device has, from all the attributes of a dump. A peer that did not fit into one message goes on in
+/// `WGDEVICE_A_PRIVATE_KEY`, `WGDEVICE_A_PEERS` and `WGPEER_A_PRESHARED_KEY` (Linux, include/uapi/linux/wireguard.h).
+const PRIVATE_KEY: u16 = 3;
+const PEERS: u16 = 8;
+const PRESHARED_KEY: u16 = 2;
+
+/// Takes the keys out of attributes that the kernel sent, before anybody copies them: the private key is overwritten, a
+/// pre-shared key becomes its name (16 bytes) and zeros. All zero, no key, stays so.
+pub(super) fn redact(attributes: &mut [u8]) {
+    each(attributes, &mut |kind, value| match kind {
+        PRIVATE_KEY => value.zeroize(),
+        PEERS => each(value, &mut |_, peer| {
+            each(peer, &mut |kind, value| {
+                if kind == PRESHARED_KEY {
+                    let id = <&[u8; 32]>::try_from(&*value).ok().and_then(crate::some_psk_id);
+                    value.zeroize();
+                    if let Some(PskId(id)) = id {
+                        value[..id.len()].copy_from_slice(&id);
+                    }
+                }
+            });
+        }),
+        _ => {}
+    });
+}
+
+/// Every attribute's type, without its flags, and value. What is malformed ends it: the parser will say so.
+fn each(mut attributes: &mut [u8], visit: &mut dyn FnMut(u16, &mut [u8])) {
+    const HEADER: usize = 4;
+    const TYPE_MASK: u16 = 0x3fff;
+    while let Some((header, _)) = attributes.split_first_chunk::<HEADER>() {
+        let [low, high, kind @ ..] = *header;
+        let length = usize::from(u16::from_ne_bytes([low, high]));
+        if !(HEADER..=attributes.len()).contains(&length) {
+            return;
+        }
+        visit(
+            u16::from_ne_bytes(kind) & TYPE_MASK,
+            &mut attributes[HEADER..length],
+        );
+        let next = length.next_multiple_of(4).min(attributes.len());
+        attributes = &mut attributes[next..];
+    }
+}
+
+/// What a device has, from all the attributes of a dump, [`redact`]ed. A peer that did not fit into one message goes on in
 /// the next, where only its key and further prefixes are given.
 pub(super) fn state(
     attributes: impl Iterator<Item = WireguardAttribute>,
@@ -227,7 +331,10 @@ fn merge_peer(
     });
     for attribute in attributes {
         match attribute {
-            WireguardPeerAttribute::PresharedKey(key) => peer.pre_shared_key = crate::some_psk_id(&key),
+            WireguardPeerAttribute::PresharedKey(redacted) => {
+                let name = redacted.first_chunk().copied().map(PskId);
+                peer.pre_shared_key = name.filter(|_| redacted != [0; 32]);
+            }
             WireguardPeerAttribute::Endpoint(endpoint) => peer.endpoint = Some(endpoint),
             WireguardPeerAttribute::PersistentKeepalive(seconds) => peer.keepalive_seconds = seconds,
             WireguardPeerAttribute::RxBytes(bytes) => peer.received_bytes = bytes,

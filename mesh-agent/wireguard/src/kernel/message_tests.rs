@@ -4,6 +4,7 @@ use netlink_packet_wireguard::{WireguardCmd, WireguardMessage, WireguardTimeSpec
 use warren_model::{PreSharedKey, PrivateKey};
 
 use super::*;
+use crate::{memory_search::occurrences, wipe_stack};
 
 fn key(n: u8) -> PublicKey {
     PublicKey::from_bytes([n; 32]).unwrap()
@@ -27,7 +28,7 @@ fn reparse(attributes: Vec<WireguardAttribute>) -> Vec<WireguardAttribute> {
 }
 
 fn peers(step: &Step) -> Vec<Vec<WireguardPeerAttribute>> {
-    let Step::Set(attributes) = step else {
+    let Step::Set(Attributes(attributes)) = step else {
         panic!("not a message: {step:?}")
     };
     assert_eq!(reparse(attributes.clone()), *attributes);
@@ -54,7 +55,7 @@ fn device_settings_replace_nothing() {
         listen_port: 51871,
     };
     let steps = plan("warren0", &[change], true);
-    let Step::Set(attributes) = &steps[0] else {
+    let Step::Set(Attributes(attributes)) = &steps[0] else {
         panic!()
     };
     assert_eq!(steps.len(), 1);
@@ -204,16 +205,13 @@ fn a_dump_is_merged_over_its_messages() {
         WireguardPeerAttribute::PresharedKey([0; 32]),
         WireguardPeerAttribute::LastHandshake(WireguardTimeSpec::default()),
     ]);
-    let state = state(
-        [
-            WireguardAttribute::PublicKey(*key(7).as_bytes()),
-            WireguardAttribute::ListenPort(51871),
-            WireguardAttribute::Peers(vec![first]),
-            WireguardAttribute::Peers(vec![next, other]),
-        ]
-        .into_iter(),
-    )
-    .unwrap();
+    let (_, attributes) = redacted(vec![
+        WireguardAttribute::PublicKey(*key(7).as_bytes()),
+        WireguardAttribute::ListenPort(51871),
+        WireguardAttribute::Peers(vec![first]),
+        WireguardAttribute::Peers(vec![next, other]),
+    ]);
+    let state = state(attributes.into_iter()).unwrap();
     assert_eq!((state.public_key, state.listen_port), (Some(key(7)), 51871));
     assert_eq!(
         state.peers.iter().map(|peer| peer.public_key).collect::<Vec<_>>(),
@@ -240,4 +238,104 @@ fn a_dump_is_merged_over_its_messages() {
 fn an_all_zero_device_key_is_no_key() {
     let state = state([WireguardAttribute::PublicKey([0; 32])].into_iter()).unwrap();
     assert_eq!(state.public_key, None);
+}
+
+/// As the kernel sends them, redacted, and read.
+fn redacted(attributes: Vec<WireguardAttribute>) -> (Vec<u8>, Vec<WireguardAttribute>) {
+    let message = WireguardMessage {
+        cmd: WireguardCmd::GetDevice,
+        attributes,
+    };
+    let mut bytes = vec![0; message.buffer_len()];
+    message.emit(&mut bytes);
+    redact(&mut bytes);
+    let read = WireguardMessage::parse_with_param(&bytes, GenlHeader { cmd: 0, version: 1 });
+    (bytes, read.unwrap().attributes)
+}
+
+#[test]
+fn what_the_kernel_tells_loses_its_keys_before_it_is_read() {
+    let peer = |n, key: [u8; 32]| {
+        WireguardPeer(vec![
+            WireguardPeerAttribute::PublicKey([n; 32]),
+            WireguardPeerAttribute::PresharedKey(key),
+            WireguardPeerAttribute::PersistentKeepalive(25),
+        ])
+    };
+    let (bytes, attributes) = redacted(vec![
+        WireguardAttribute::IfName("warren0".into()),
+        WireguardAttribute::PrivateKey([9; 32]),
+        WireguardAttribute::PublicKey(*key(7).as_bytes()),
+        WireguardAttribute::Peers(vec![peer(1, [5; 32]), peer(2, [0; 32])]),
+        WireguardAttribute::Peers(vec![peer(3, [6; 32])]),
+    ]);
+    for secret in [5, 6, 9] {
+        assert!(!bytes.windows(4).any(|window| window == [secret; 4]), "{secret}");
+    }
+    let state = state(attributes.into_iter()).unwrap();
+    assert_eq!(state.public_key, Some(key(7)));
+    let keys = state
+        .peers
+        .iter()
+        .map(|peer| (peer.pre_shared_key, peer.keepalive_seconds));
+    let expected = [Some([5; 32]), None, Some([6; 32])].map(|key| (key.map(|key| crate::psk_id(&key)), 25));
+    assert_eq!(keys.collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn malformed_attributes_are_left_to_the_parser() {
+    for bytes in [
+        &[][..],
+        &[4],
+        &[3, 0, 3, 0],
+        &[255, 255, 3, 0, 1, 2],
+        &[6, 0, 8, 0, 9, 9],
+        &[9, 0, 3, 0, 1, 1, 1, 1, 1],
+        &[8, 0, 8, 128, 255, 255, 0, 0],
+    ] {
+        redact(&mut bytes.to_vec());
+    }
+}
+
+/// A device and 32 peers, all with the key whose complement this is. Not inlined: the key is on this function's stack.
+#[inline(never)]
+fn with_keys(complement: &[u8; 32]) -> Vec<DeviceChange> {
+    let secret = complement.map(|byte| !byte);
+    let device = DeviceChange::SetDevice {
+        private_key: PrivateKey::from_bytes(secret),
+        listen_port: 51871,
+    };
+    let peers = (1..33).map(|n| DeviceChange::SetPeer {
+        public_key: key(n),
+        pre_shared_key: PreSharedKey::from_bytes(&secret),
+        endpoint: Some(([192, 0, 2, n], 51871).into()),
+        keepalive_seconds: 25,
+    });
+    std::iter::once(device).chain(peers).collect()
+}
+
+/// The requests, as bytes.
+#[inline(never)]
+fn written(changes: &[DeviceChange]) -> Vec<Zeroizing<Vec<u8>>> {
+    let steps = plan("warren0", changes, true).into_iter();
+    let requests = steps.map(|step| match step {
+        Step::Set(attributes) => request(28, 0, 1, WireguardCmd::SetDevice, attributes),
+        Step::TakeAway { .. } => panic!("not a message"),
+    });
+    requests.collect()
+}
+
+#[test]
+fn requests_leave_no_keys_behind() {
+    let mut complement = [0; 32];
+    getrandom::fill(&mut complement).unwrap();
+    for round in 0..8 {
+        let requests = written(&with_keys(&complement));
+        wipe_stack();
+        let held = occurrences(&complement);
+        assert_eq!(held, 33, "round {round}: each once, in the requests");
+        drop(requests);
+        wipe_stack();
+        assert_eq!(occurrences(&complement), 0, "round {round}");
+    }
 }

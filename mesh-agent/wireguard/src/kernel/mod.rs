@@ -1,24 +1,29 @@
 //! Driver for the kernel's WireGuard: the generic netlink family `wireguard` (Linux, include/uapi/linux/wireguard.h).
 
 mod message;
+mod socket;
 
 use std::{io, sync::Arc};
 
-use futures::StreamExt as _;
 use genetlink::{GenetlinkError, GenetlinkHandle};
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_generic::GenlMessage;
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP};
 use netlink_packet_wireguard::{WireguardAttribute, WireguardCmd, WireguardMessage};
+use tokio::sync::Mutex;
 use warren_model::PublicKey;
 
-use self::message::{Step, plan};
+use self::{
+    message::{Attributes, Step, plan},
+    socket::Socket,
+};
 use crate::{DeviceChange, DeviceError, DeviceState, WgDevice};
 
 /// Drives WireGuard devices of the kernel. The devices themselves (`ip link add type wireguard`) are made by
 /// whoever owns links.
 #[derive(Debug, Clone)]
 pub struct Kernel {
+    /// Asks for the family's number, nothing else.
     handle: GenetlinkHandle,
+    socket: Arc<Mutex<Socket>>,
     /// Whether the kernel takes a single prefix away on request (`WGALLOWEDIP_F_REMOVE_ME`).
     removes_prefixes: bool,
     _connection: Arc<Connection>,
@@ -35,7 +40,7 @@ impl Drop for Connection {
 }
 
 impl Kernel {
-    /// Opens a netlink socket in the calling thread's network namespace. Must run within a tokio runtime.
+    /// Opens netlink sockets in the calling thread's network namespace. Must run within a tokio runtime.
     pub fn connect() -> io::Result<Self> {
         let (connection, handle, _) = genetlink::new_connection()?;
         let connection = Arc::new(Connection(tokio::spawn(connection)));
@@ -45,6 +50,7 @@ impl Kernel {
             .into_owned();
         Ok(Self {
             handle,
+            socket: Arc::new(Mutex::new(Socket::open()?)),
             removes_prefixes: removes_prefixes(&release),
             _connection: connection,
         })
@@ -56,34 +62,20 @@ impl Kernel {
         device: &str,
         flags: u16,
         command: WireguardCmd,
-        attributes: Vec<WireguardAttribute>,
-    ) -> Result<Vec<WireguardMessage>, DeviceError> {
-        let mut request = NetlinkMessage::from(GenlMessage::from_payload(WireguardMessage {
-            cmd: command,
-            attributes,
-        }));
-        request.header.flags = NLM_F_REQUEST | flags;
-        let mut handle = self.handle.clone();
-        let mut answers = handle
-            .request(request)
+        attributes: Attributes,
+    ) -> Result<Vec<WireguardAttribute>, DeviceError> {
+        let family = self.handle.resolve_family::<WireguardMessage>().await;
+        let family = family.map_err(|error| family_error(device, error))?;
+        let answer = self
+            .socket
+            .lock()
             .await
-            .map_err(|error| family_error(device, error))?;
-        let mut messages = Vec::new();
-        while let Some(answer) = answers.next().await {
-            let answer = answer
-                .map_err(|error| io_error(device, io::Error::new(io::ErrorKind::InvalidData, error)))?;
-            match answer.payload {
-                NetlinkPayload::InnerMessage(message) => messages.push(message.payload),
-                NetlinkPayload::Error(error) if error.code.is_some() => {
-                    return Err(kernel_error(device, error.to_io()));
-                }
-                _ => {}
-            }
-        }
-        Ok(messages)
+            .exchange(family.id, flags, command, attributes)
+            .await;
+        answer.map_err(|error| kernel_error(device, error))
     }
 
-    async fn set(&self, device: &str, attributes: Vec<WireguardAttribute>) -> Result<(), DeviceError> {
+    async fn set(&self, device: &str, attributes: Attributes) -> Result<(), DeviceError> {
         self.exchange(device, NLM_F_ACK, WireguardCmd::SetDevice, attributes)
             .await
             .map(drop)
@@ -92,16 +84,18 @@ impl Kernel {
 
 impl WgDevice for Kernel {
     async fn dump(&self, device: &str) -> Result<DeviceState, DeviceError> {
-        let name = vec![WireguardAttribute::IfName(device.into())];
-        let messages = self
+        let name = Attributes(vec![WireguardAttribute::IfName(device.into())]);
+        let attributes = self
             .exchange(device, NLM_F_DUMP, WireguardCmd::GetDevice, name)
             .await?;
-        message::state(messages.into_iter().flat_map(|message| message.attributes))
+        message::state(attributes.into_iter())
             .map_err(|reason| io_error(device, io::Error::new(io::ErrorKind::InvalidData, reason)))
     }
 
     async fn apply(&self, device: &str, changes: &[DeviceChange]) -> Result<(), DeviceError> {
-        for step in plan(device, changes, self.removes_prefixes) {
+        let steps = plan(device, changes, self.removes_prefixes);
+        crate::wipe_stack();
+        for step in steps {
             match step {
                 Step::Set(attributes) => self.set(device, attributes).await?,
                 Step::TakeAway { public_key, prefix } => {
