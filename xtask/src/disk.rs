@@ -13,7 +13,7 @@ use crate::{
 const GIB: u64 = 1 << 30;
 
 /// Bytes of [`paths::target`] after a whole `cargo xtask test` from nothing.
-const BUILT: u64 = 16 * GIB;
+const BUILT: u64 = 10 * GIB;
 
 /// Bytes that tests need besides: unpacked images of three nodes, captures, logs. A kubelet wants some of it left free.
 const ROOM: u64 = 3 * GIB;
