@@ -66,14 +66,7 @@ pub(crate) fn in_cluster(verb: &str, profile: Profile, passed: &Passed) -> Resul
     ensure(&[Group::Base, Group::Bpf, Group::Kubernetes])?;
     image::build(&[], profile)?;
     run(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
-    let arguments = std::iter::once(verb.to_owned()).chain(passed.arguments.iter().cloned());
-    start(
-        "warren-cluster",
-        Profile::Dev,
-        &Passed {
-            arguments: arguments.collect(),
-        },
-    )
+    start("warren-cluster", Profile::Dev, &passed.behind(verb))
 }
 
 fn start(program: &str, profile: Profile, passed: &Passed) -> Result<()> {

@@ -36,11 +36,11 @@ macro_rules! scenarios {
     };
 }
 
-/// A bench in the stand-alone lab; what is waited for may take ten times as long.
+/// A program that makes a stand-alone lab, here with the kernel's WireGuard; what is waited for may take ten times as long.
 macro_rules! lab {
     ($arguments:literal) => {
         concat!(
-            "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/warren-bench ",
+            "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/",
             $arguments
         )
     };
@@ -92,20 +92,22 @@ const STEPS: &[Step] = &[
         about: "the stand-alone lab on the kernel's WireGuard: keys rotate under traffic, of old ones nothing is left",
         tests: &[],
         script: lab!(
-            "rotation --nodes 2 --rotations 1 --rate 50 --others 50 --json $WARREN_VM_RESULTS/rotation.json"
+            "warren-bench rotation --nodes 2 --rotations 1 --rate 50 --others 50 --json $WARREN_VM_RESULTS/rotation.json"
         ),
     },
     Step {
         name: "life",
         about: "the stand-alone lab on the kernel's WireGuard: agents are killed under traffic",
         tests: &[],
-        script: lab!("life --restarts 4 --kills 0 --rate 50 --json $WARREN_VM_RESULTS/life.json"),
+        script: lab!(
+            "warren-bench life --restarts 4 --kills 0 --rate 50 --json $WARREN_VM_RESULTS/life.json"
+        ),
     },
     Step {
         name: "demo",
         about: "the stand-alone lab on the kernel's WireGuard: capture, an agent killed under traffic, a rotation",
         tests: &[],
-        script: "WARREN_LAB_DATAPATH=kernel WARREN_LAB_PATIENCE=10 $BIN/warren-demo --json $WARREN_VM_RESULTS/demo.json",
+        script: lab!("warren-demo --json $WARREN_VM_RESULTS/demo.json"),
     },
 ];
 

@@ -121,6 +121,11 @@ impl Session {
     }
 }
 
+/// No pre-shared key is one that is all zero: section 5.4 of the WireGuard paper.
+fn or_zero(key: Option<&PreSharedKey>) -> &[u8; 32] {
+    key.map_or(&[0; 32], PreSharedKey::expose)
+}
+
 impl Machine {
     pub(super) fn new(
         shared: Arc<Shared>,
@@ -163,8 +168,7 @@ impl Machine {
             own: &shared.keys,
             peer: &self.peer,
             static_static,
-            // "If no preshared key is in use, it is all zero": the paper's section 5.4.
-            preshared_key: self.preshared_key.as_ref().map_or(&[0; 32], PreSharedKey::expose),
+            preshared_key: or_zero(self.preshared_key.as_ref()),
         };
         work(&pair).map_err(|noise::Refused| DropReason::HandshakeRefused)
     }

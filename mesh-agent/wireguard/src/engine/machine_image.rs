@@ -12,7 +12,7 @@ use super::{
         own::{Index, Shared},
         session::{Receiving, Sending},
     },
-    Attempt, Machine, OLD_SESSIONS, Session,
+    Attempt, Machine, OLD_SESSIONS, Session, or_zero,
 };
 
 impl Session {
@@ -64,8 +64,7 @@ fn moment(out: &mut Writer, moment: &Option<Instant>) {
 
 impl Machine {
     pub(super) fn write_image(&self, out: &mut Writer) {
-        let preshared_key = self.preshared_key.as_ref();
-        out.raw(preshared_key.map_or(&[0; 32], |key| key.expose()));
+        out.raw(or_zero(self.preshared_key.as_ref()));
         self.authenticator.write(out);
         out.option(self.attempt.as_ref(), |out, attempt| attempt.write(out));
         for session in [&self.current, &self.next] {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use netlink_packet_core::{Emitable as _, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{Emitable as _, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload, NlaBuffer};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_wireguard::{
     WireguardAddressFamily, WireguardAllowedIp, WireguardAllowedIpAttr, WireguardAllowedIpFlags,
@@ -266,18 +266,9 @@ pub(super) fn redact(attributes: &mut [u8]) {
 
 /// Every attribute's type, without its flags, and value. What is malformed ends it: the parser will say so.
 fn each(mut attributes: &mut [u8], visit: &mut dyn FnMut(u16, &mut [u8])) {
-    const HEADER: usize = 4;
-    const TYPE_MASK: u16 = 0x3fff;
-    while let Some((header, _)) = attributes.split_first_chunk::<HEADER>() {
-        let [low, high, kind @ ..] = *header;
-        let length = usize::from(u16::from_ne_bytes([low, high]));
-        if !(HEADER..=attributes.len()).contains(&length) {
-            return;
-        }
-        visit(
-            u16::from_ne_bytes(kind) & TYPE_MASK,
-            &mut attributes[HEADER..length],
-        );
+    while let Ok(mut attribute) = NlaBuffer::new_checked(&mut *attributes) {
+        let length = usize::from(attribute.length());
+        visit(attribute.kind(), attribute.value_mut());
         let next = length.next_multiple_of(4).min(attributes.len());
         attributes = &mut attributes[next..];
     }

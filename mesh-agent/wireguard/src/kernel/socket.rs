@@ -5,7 +5,7 @@
 
 use std::{fmt, io};
 
-use netlink_packet_core::{NetlinkMessage, NetlinkPayload};
+use netlink_packet_core::{DecodeError, NetlinkBuffer, NetlinkMessage, NetlinkPayload};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_wireguard::{WireguardAttribute, WireguardCmd, WireguardMessage};
 use netlink_sys::{
@@ -18,8 +18,8 @@ use super::message::{self, Attributes};
 /// Bytes of what is received at once: the kernel makes dumps in parts of at most 32 KiB.
 const BUFFER: usize = 64 * 1024;
 
-/// Bytes of the headers before a message's attributes: netlink's, then generic netlink's.
-const HEADERS: usize = 16 + 4;
+/// Bytes of generic netlink's header: the attributes come behind it.
+const GENERIC_HEADER: usize = 4;
 
 pub(super) struct Socket {
     socket: TokioSocket,
@@ -81,19 +81,15 @@ impl Socket {
 
 /// Reads the messages of a datagram and adds the attributes of those with this number. Whether that was all.
 fn read(mut messages: &mut [u8], sequence: u32, answer: &mut Vec<WireguardAttribute>) -> io::Result<bool> {
-    let malformed = |reason: String| io::Error::new(io::ErrorKind::InvalidData, reason);
+    let malformed = |error: DecodeError| io::Error::new(io::ErrorKind::InvalidData, error);
     while !messages.is_empty() {
-        let length = messages
-            .first_chunk()
-            .map_or(0, |length| u32::from_ne_bytes(*length)) as usize;
-        if !(HEADERS - 4..=messages.len()).contains(&length) {
-            return Err(malformed(format!("a netlink message of {length} bytes")));
-        }
-        if let Some(attributes) = messages[..length].get_mut(HEADERS..) {
+        let mut message = NetlinkBuffer::new_checked(&mut *messages).map_err(malformed)?;
+        let length = message.length() as usize;
+        if let Some(attributes) = message.payload_mut().get_mut(GENERIC_HEADER..) {
             message::redact(attributes);
         }
         let message = NetlinkMessage::<GenlMessage<WireguardMessage>>::deserialize(&messages[..length])
-            .map_err(|error| malformed(error.to_string()))?;
+            .map_err(malformed)?;
         let next = length.next_multiple_of(4).min(messages.len());
         messages = &mut messages[next..];
         if message.header.sequence_number != sequence {
